@@ -1,0 +1,22 @@
+"""SAM-DETR++ for detectron2. Importing this package registers everything; see the project's README."""
+
+from . import backbone, data
+from .config import add_samdetr_config
+from .cross_attention import CROSS_ATTENTION_REGISTRY
+from .encoder import ENCODER_REGISTRY
+from .meta_arch import SAMDETR
+from .query_generator import QUERY_GENERATOR_REGISTRY
+from .semantics_aligner import SEMANTICS_ALIGNER_REGISTRY
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CROSS_ATTENTION_REGISTRY",
+    "ENCODER_REGISTRY",
+    "QUERY_GENERATOR_REGISTRY",
+    "SAMDETR",
+    "SEMANTICS_ALIGNER_REGISTRY",
+    "add_samdetr_config",
+    "backbone",
+    "data",
+]

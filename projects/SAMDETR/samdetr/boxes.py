@@ -1,0 +1,41 @@
+"""Boxes as tensors: the two formats and their generalised IoU.
+
+(cx, cy, w, h) is centre and size, (x0, y0, x1, y1) two corners; both may be normalised or in pixels.
+"""
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+__all__ = ["cxcywh_to_xyxy", "xyxy_to_cxcywh", "generalized_iou"]
+
+_SMALLEST_AREA = 1e-12  # keeps the quotients of degenerate boxes finite without changing those of any real box
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """Convert (..., 4) boxes from (cx, cy, w, h) to (x0, y0, x1, y1)."""
+    return box_convert(boxes, "cxcywh", "xyxy")
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """Convert (..., 4) boxes from (x0, y0, x1, y1) to (cx, cy, w, h)."""
+    return box_convert(boxes, "xyxy", "cxcywh")
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU (https://arxiv.org/abs/1902.09630) of boxes, with broadcasting.
+
+    Unlike torchvision's and fvcore's, it needs no look at the data (no synchronisation on CUDA), broadcasts, so that it
+    serves pairs and matrices alike, and is finite for boxes without area.
+
+    Args:
+        a, b: (..., 4) boxes (x0, y0, x1, y1) with x0 <= x1 and y0 <= y1, shapes that broadcast.
+
+    Returns:
+        (...) values in [-1, 1].
+    """
+    corner = torch.maximum(a[..., :2], b[..., :2])
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - corner).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap
+    return overlap / union.clamp(min=_SMALLEST_AREA) - (hull - union) / hull.clamp(min=_SMALLEST_AREA)

@@ -1,0 +1,207 @@
+"""What can be known to be wrong before training starts, said in words that name the key and the remedy."""
+
+import difflib
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.utils.file_io import PathManager
+
+from .cross_attention import CROSS_ATTENTION_REGISTRY
+from .encoder import ENCODER_REGISTRY
+from .query_generator import QUERY_GENERATOR_REGISTRY
+from .semantics_aligner import SEMANTICS_ALIGNER_REGISTRY
+
+__all__ = ["UserError", "check_config", "check_weights_file", "check_loaded", "merge_options"]
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us; the message says what it is and what to do, and needs no traceback."""
+
+
+def _suggest(name: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(choices), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in node.items():
+        keys.append(prefix + key)
+        if isinstance(value, CfgNode):
+            keys.extend(_all_keys(value, f"{prefix}{key}."))
+    return keys
+
+
+def merge_options(cfg: CfgNode, config_file: str, options: list[str]) -> None:
+    """Merge a YAML file (if named) and ``KEY VALUE`` options into ``cfg``.
+
+    Raises:
+        UserError: the file does not exist or is no YAML; a key does not exist; a value has another type.
+    """
+    if config_file and not PathManager.isfile(config_file):
+        raise UserError(f"--config-file {config_file}: there is no such file (looked in {os.getcwd()}).")
+    if len(options) % 2:
+        raise UserError(f"Options at the end of the command come as pairs KEY VALUE, but there are {len(options)}.")
+    source = config_file
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file)
+        source = "the command line"
+        cfg.merge_from_list(options)
+    except (KeyError, AssertionError) as error:
+        message = str(error.args[0] if error.args else error)
+        key = message.removeprefix("Non-existent config key:").removeprefix("Non-existent key:").strip()
+        if key == message or not key:
+            raise UserError(f"{source}: {message}") from error
+        raise UserError(f"{source}: there is no config key {key}.{_suggest(key, _all_keys(cfg))}") from error
+    except Exception as error:  # YAML's and yacs's errors have no common base
+        raise UserError(f"{source}: {type(error).__name__}: {error}") from error
+
+
+def check_config(cfg: CfgNode, *, training: bool) -> None:
+    """Check what a run needs: registered names, divisibility, datasets and their classes, the weights file.
+
+    Args:
+        cfg: the full config.
+        training: whether the run trains (else it only evaluates).
+
+    Raises:
+        UserError: naming the key, what was found, and what to do.
+    """
+    _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
+    if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
+        _check_model(cfg.MODEL.SAMDETR)
+    if training and not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a dataset to train on.")
+    if not training and not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: name a dataset to evaluate on.")
+    train_names = cfg.DATASETS.TRAIN if training else ()
+    for key, names in (("DATASETS.TRAIN", train_names), ("DATASETS.TEST", cfg.DATASETS.TEST)):
+        for name in names:
+            _check_dataset(key, name, cfg)
+    check_weights_file(cfg.MODEL.WEIGHTS)
+
+
+def _check_name(key: str, name: str, registry) -> None:
+    names = sorted(name for name, _ in registry)
+    if name not in names:
+        raise UserError(f"{key} is {name!r}, which is not registered; there are: {', '.join(names)}.{_suggest(name, names)}")
+
+
+def _check_model(node: CfgNode) -> None:
+    for key, registry in (
+        ("ENCODER", ENCODER_REGISTRY),
+        ("QUERY_GENERATOR", QUERY_GENERATOR_REGISTRY),
+        ("ALIGNER", SEMANTICS_ALIGNER_REGISTRY),
+        ("CROSS_ATTENTION", CROSS_ATTENTION_REGISTRY),
+    ):
+        _check_name(f"MODEL.SAMDETR.{key}.NAME", node[key].NAME, registry)
+    for key, least in (("NUM_CLASSES", 1), ("NUM_QUERIES", 1), ("HIDDEN_DIM", 4), ("NUM_HEADS", 1)):
+        if node[key] < least:
+            raise UserError(f"MODEL.SAMDETR.{key} is {node[key]}: it must be at least {least}.")
+    for divisor_key, divisor in (
+        ("MODEL.SAMDETR.NUM_HEADS", node.NUM_HEADS),
+        ("MODEL.SAMDETR.PROJECTION_NUM_GROUPS", node.PROJECTION_NUM_GROUPS or 1),
+        ("MODEL.SAMDETR.ALIGNER.REDUCTION", node.ALIGNER.REDUCTION),
+        ("4 (sines and cosines of x and y)", 4),
+    ):
+        if node.HIDDEN_DIM % divisor:
+            raise UserError(
+                f"MODEL.SAMDETR.HIDDEN_DIM ({node.HIDDEN_DIM}) is not divisible by {divisor_key}"
+                f"{f' ({divisor})' if 'MODEL' in divisor_key else ''}: change one of them."
+            )
+
+
+def _check_dataset(key: str, name: str, cfg: CfgNode) -> None:
+    registered = DatasetCatalog.list()
+    if name not in registered:
+        raise UserError(
+            f"{key} names {name!r}, which is not a registered dataset.{_suggest(name, registered)} Register your own with "
+            "detectron2.data.datasets.register_coco_instances."
+        )
+    metadata = MetadataCatalog.get(name)
+    json_file = metadata.get("json_file")
+    if json_file and not name.startswith("digits_") and not PathManager.isfile(json_file):
+        root = os.getenv("DETECTRON2_DATASETS", "datasets")
+        raise UserError(
+            f"{key} names {name!r}, whose annotation file {os.path.abspath(json_file)} does not exist. detectron2's "
+            f"datasets are looked for below DETECTRON2_DATASETS, now {os.path.abspath(root)}: set it to the folder that "
+            "holds them (for COCO, the folder above coco/)."
+        )
+    if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
+        if metadata.get("thing_classes") is None:
+            DatasetCatalog.get(name)  # a COCO-format dataset learns its classes when it is loaded
+        classes = metadata.get("thing_classes")
+        if classes is not None and len(classes) != cfg.MODEL.SAMDETR.NUM_CLASSES:
+            some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+            raise UserError(
+                f"MODEL.SAMDETR.NUM_CLASSES is {cfg.MODEL.SAMDETR.NUM_CLASSES}, but {name!r} ({key}) has {len(classes)} "
+                f"classes ({some}): set MODEL.SAMDETR.NUM_CLASSES {len(classes)}."
+            )
+
+
+def check_weights_file(path: str) -> None:
+    """Check that a weights file on this machine is there and can be read; addresses are left to detectron2.
+
+    Raises:
+        UserError: it is missing, truncated, not a checkpoint, or holds objects that are refused for safety.
+    """
+    path = path.split("?")[0]
+    if not path or "://" in path:
+        return
+    if not PathManager.isfile(path):
+        raise UserError(f"MODEL.WEIGHTS {path}: there is no such file (looked in {os.getcwd()}).")
+    if path.endswith(".pkl"):
+        return
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and zipfile.is_zipfile(path):
+            raise UserError(
+                f"MODEL.WEIGHTS {path} holds Python objects beside tensors, which are not loaded for safety. If you trust "
+                'it, load it once with torch.load(path, weights_only=False) and save only its "model" entry.'
+            ) from error
+        raise UserError(f"MODEL.WEIGHTS {path} is not a checkpoint, or is damaged: {error}") from error
+    except Exception as error:  # torch raises RuntimeError, EOFError, zipfile's and pickle's errors for damaged files
+        raise UserError(
+            f"MODEL.WEIGHTS {path} is truncated, damaged or not a checkpoint ({type(error).__name__}): copy it again, or "
+            "name another file."
+        ) from error
+
+
+def check_loaded(path: str, model: torch.nn.Module, state_dict: dict, *, complete: bool) -> None:
+    """Check that a checkpoint fits a model.
+
+    Args:
+        path: of the checkpoint, for the message.
+        model: the model.
+        state_dict: the checkpoint's ``model`` entry, in this project's names.
+        complete: whether every parameter must come from the checkpoint (evaluation), or any will do (initialisation).
+
+    Raises:
+        UserError: it does not fit.
+    """
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {name.removeprefix("module."): tuple(value.shape) for name, value in state_dict.items()}
+    fitting = [name for name, shape in own.items() if shapes.get(name) == shape]
+    if complete and len(fitting) < len(own):
+        wrong = [name for name in own if name not in fitting]
+        name = next((name for name in wrong if name in shapes), wrong[0])
+        found = f"has shape {shapes[name]} in the file" if name in shapes else "is not in the file"
+        raise UserError(
+            f"MODEL.WEIGHTS {path} is of another architecture than the config: {len(wrong)} of {len(own)} parameters do "
+            f"not fit; {name}, of shape {own[name]} in the model, {found}. Use the config that the checkpoint was trained "
+            "with (config.yaml beside it)."
+        )
+    if not fitting:
+        raise UserError(
+            f"MODEL.WEIGHTS {path} has no parameter that fits this model: its first is {next(iter(shapes), None)!r}, the "
+            f"model's {next(iter(own))!r}."
+        )

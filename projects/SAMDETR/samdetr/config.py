@@ -1,0 +1,88 @@
+"""Every config key that this project adds to detectron2's."""
+
+from detectron2.config import CfgNode as CN
+
+__all__ = ["add_samdetr_config"]
+
+
+def add_samdetr_config(cfg: CN) -> None:
+    """Add the ``MODEL.SAMDETR`` node and a few solver and input keys, with the published defaults.
+
+    Args:
+        cfg: detectron2's config, changed in place.
+    """
+    node = cfg.MODEL.SAMDETR = CN()
+
+    # Number of object classes. The one number behind class heads, matcher, loss and label embedding.
+    node.NUM_CLASSES = 80
+    # The backbone's outputs to use, from the finest to the coarsest; several make the multi-scale model.
+    node.IN_FEATURES = ["res5"]
+    # Model width C and attention heads M, which divides C. Each head has a representative keypoint of its own.
+    node.HIDDEN_DIM = 256
+    node.NUM_HEADS = 8
+    # Number of queries Q.
+    node.NUM_QUERIES = 300
+    # Groups of the GroupNorm behind the input projections; 0: no norm, as in the published single-scale 50-epoch models.
+    node.PROJECTION_NUM_GROUPS = 32
+    # Of all sine embeddings, as published.
+    node.POSITION_TEMPERATURE = 10000.0
+    # Score that every class starts with, as in RetinaNet's section 3.3.
+    node.PRIOR_PROB = 0.01
+
+    node.ENCODER = CN()
+    # A name in ENCODER_REGISTRY.
+    node.ENCODER.NAME = "TransformerEncoder"
+    node.ENCODER.NUM_LAYERS = 6
+    # Hidden width of the feed-forward networks.
+    node.ENCODER.FEEDFORWARD_DIM = 2048
+
+    node.QUERY_GENERATOR = CN()
+    # A name in QUERY_GENERATOR_REGISTRY.
+    node.QUERY_GENERATOR.NAME = "LearnedQueryGenerator"
+
+    node.DECODER = CN()
+    # The layers are spread evenly over the levels, the coarsest first.
+    node.DECODER.NUM_LAYERS = 6
+    node.DECODER.FEEDFORWARD_DIM = 2048
+
+    node.ALIGNER = CN()
+    # A name in SEMANTICS_ALIGNER_REGISTRY.
+    node.ALIGNER.NAME = "SemanticsAligner"
+    # RoIAlign's bins along each side of a reference box.
+    node.ALIGNER.POOLED_SIZE = 7
+    # Keypoints are searched in C / REDUCTION channels, by hidden layers of these widths (as published).
+    node.ALIGNER.REDUCTION = 4
+    node.ALIGNER.KEYPOINT_HIDDEN_DIMS = [256, 512, 512]
+
+    node.CROSS_ATTENTION = CN()
+    # A name in CROSS_ATTENTION_REGISTRY: CrossAttention, or SMCACrossAttention for SMCA (paper section 4.5.1).
+    node.CROSS_ATTENTION.NAME = "CrossAttention"
+    # SMCA only: divisor of the Gaussian's squared distances, in pixels of the feature map.
+    node.CROSS_ATTENTION.GAUSSIAN_BETA = 8.0
+
+    # Costs of the bipartite matching, as published.
+    node.MATCHER = CN()
+    node.MATCHER.CLASS_WEIGHT = 2.0
+    node.MATCHER.L1_WEIGHT = 5.0
+    node.MATCHER.GIOU_WEIGHT = 2.0
+
+    # Weights of the losses, the same for every decoder layer, as published. The focal parameters serve loss and matching.
+    node.LOSS = CN()
+    node.LOSS.CLASS_WEIGHT = 2.0
+    node.LOSS.L1_WEIGHT = 5.0
+    node.LOSS.GIOU_WEIGHT = 2.0
+    node.LOSS.FOCAL_ALPHA = 0.25
+    node.LOSS.FOCAL_GAMMA = 2.0
+
+    # AdamW (samdetr.solver). The backbone's learning rate is this share of SOLVER.BASE_LR.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    # Clip the norm of all gradients together (True, as published) or of each parameter's alone (detectron2's way).
+    cfg.SOLVER.CLIP_GRADIENTS.FULL_MODEL = True
+
+    # Training augmentation (samdetr.data.dataset_mapper): with probability CROP.PROB, resize the short side to one of
+    # CROP.MIN_SIZE and crop CROP.SIZE[0] to CROP.SIZE[1] pixels a side; then resize as without the crop. It replaces
+    # detectron2's INPUT.CROP.
+    cfg.INPUT.DETR_CROP = CN()
+    cfg.INPUT.DETR_CROP.PROB = 0.5
+    cfg.INPUT.DETR_CROP.MIN_SIZE = (400, 500, 600)
+    cfg.INPUT.DETR_CROP.SIZE = (384, 600)

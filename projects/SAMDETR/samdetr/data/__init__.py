@@ -1,0 +1,12 @@
+"""Data: the dataset mapper, the loaders and the embedded dataset, which importing this package registers."""
+
+import os
+
+from .build import build_test_loader, build_train_loader, clean_annotations
+from .dataset_mapper import DetrDatasetMapper
+from .digits import register_digits
+
+__all__ = ["DetrDatasetMapper", "build_test_loader", "build_train_loader", "clean_annotations"]
+
+# The same root as detectron2's built-in datasets.
+register_digits(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))

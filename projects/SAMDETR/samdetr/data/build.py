@@ -1,0 +1,74 @@
+"""Data loaders: detectron2's, with cleaned annotations and DETR's augmentation."""
+
+import copy
+import logging
+from collections import Counter
+
+import numpy as np
+from detectron2.data import build_detection_test_loader, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.structures import BoxMode
+
+from .dataset_mapper import DetrDatasetMapper
+
+__all__ = ["build_train_loader", "build_test_loader", "clean_annotations"]
+
+logger = logging.getLogger(__name__)
+
+
+def build_train_loader(cfg):
+    """detectron2's endless training loader over ``cfg.DATASETS.TRAIN``."""
+    dataset = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    return build_detection_train_loader(
+        cfg, dataset=clean_annotations(dataset), mapper=DetrDatasetMapper(cfg, is_train=True)
+    )
+
+
+def build_test_loader(cfg, dataset_name: str):
+    """detectron2's test loader, one image a batch."""
+    return build_detection_test_loader(cfg, dataset_name, mapper=DetrDatasetMapper(cfg, is_train=False))
+
+
+def clean_annotations(dataset_dicts: list[dict]) -> list[dict]:
+    """Drop boxes that nothing can be learned from, clip those that reach over the image, and log how many.
+
+    Args:
+        dataset_dicts: detectron2's standard dataset dicts, with ``height`` and ``width``; not changed.
+
+    Returns:
+        The same images in the same order, also those left without boxes; boxes are clipped to the image.
+    """
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+
+    def cleaned(annotation: dict, record: dict) -> dict | None:
+        corners = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        x0, y0, x1, y1 = corners
+        clipped = np.clip(corners, 0, [record["width"], record["height"]] * 2).tolist()
+        if not np.isfinite(corners).all():
+            kind = "dropped: not finite"
+        elif x1 <= x0 or y1 <= y0:
+            kind = "dropped: width or height not positive"
+        elif clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+            kind = "dropped: outside the image"
+        elif max(abs(a - b) for a, b in zip(clipped, corners)) > 1:
+            kind = "clipped: reaching over the image's edge by more than a pixel"
+        else:
+            return annotation
+        counts[kind] += 1
+        examples.setdefault(kind, str(record.get("file_name", record.get("image_id"))))
+        if kind.startswith("dropped"):
+            return None
+        return {**annotation, "bbox": clipped, "bbox_mode": BoxMode.XYXY_ABS}
+
+    result = []
+    for record in dataset_dicts:
+        record = copy.copy(record)
+        if "annotations" in record:
+            annotations = [cleaned(annotation, record) for annotation in record["annotations"]]
+            record["annotations"] = [annotation for annotation in annotations if annotation is not None]
+        result.append(record)
+    for kind, count in sorted(counts.items()):
+        logger.warning("Boxes %s: %d, the first in %s.", kind, count, examples[kind])
+    return result

@@ -1,0 +1,204 @@
+"""The embedded dataset ``digits_train`` / ``digits_val``: handwritten digits on photographs, made without a network.
+
+Real scans of handwritten digits (8 x 8 pixels, from scikit-learn's bundled copy of the UCI set) are scaled, turned,
+coloured and laid over crops of scikit-learn's two bundled photographs, sometimes overlapping. The scans and the
+regions of the photographs used for training and for validation are disjoint. The same images come out every time; they
+are written once, as JPEG files and a COCO-format JSON, below ``$DETECTRON2_DATASETS`` (by default ``./datasets``), and
+read through the same path as COCO.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from iopath.common.file_io import file_lock
+from PIL import Image
+from scipy.ndimage import map_coordinates
+
+__all__ = ["DIGIT_CLASSES", "register_digits", "write_digits"]
+
+logger = logging.getLogger(__name__)
+
+DIGIT_CLASSES = [str(digit) for digit in range(10)]
+_FOLDER = "samdetr_digits_v1"  # change the number when the images change
+_IMAGE_SIZE = 128
+_MOST_DIGITS = 6
+_DIGIT_SIZES = (18, 60)  # height of a digit in pixels, log-uniform
+_MOST_DEGREES = 25
+_MOST_OVERLAP = 0.3  # of the smaller box
+_WITHOUT_DIGITS = 0.03  # share of the images
+_CROP_SIZES = (96, 160)  # side of a photograph's crop, in its pixels
+
+
+@dataclass(frozen=True)
+class _Split:
+    num_images: int
+    seed: int
+    scans: slice  # of the 1797 scans
+    columns: slice  # of the photographs, 640 pixels wide
+
+
+_SPLITS = {
+    "train": _Split(num_images=2000, seed=1, scans=slice(0, 1400), columns=slice(0, 440)),
+    "val": _Split(num_images=200, seed=2, scans=slice(1400, None), columns=slice(440, None)),
+}
+
+
+def _dataset_paths(root: str, split: str) -> tuple[str, str]:
+    """Annotation file and image folder."""
+    folder = os.path.join(root, _FOLDER)
+    return os.path.join(folder, "annotations", f"{split}.json"), os.path.join(folder, split)
+
+
+def _draw_scan(scan: np.ndarray, height: float, angle: float) -> np.ndarray:
+    """Opacity, float in [0, 1], of a scan (8, 8) of 0 to 16 enlarged to ``height`` pixels, turned, cut to its extent."""
+    side = int(np.ceil(height * 1.5))
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    scale = 8 / height
+    cosine, sine = np.cos(angle), np.sin(angle)
+    source = [(cosine * y - sine * x) * scale + 4.5, (sine * y + cosine * x) * scale + 4.5]
+    ink = map_coordinates(np.pad(scan / 16.0, 1), source, order=3, mode="constant")
+    opacity = np.clip((ink - 0.25) / 0.35, 0, 1)
+    rows, columns = np.flatnonzero(opacity.max(1) > 0.5), np.flatnonzero(opacity.max(0) > 0.5)
+    return opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _background(rng: np.random.RandomState, photographs: list[np.ndarray]) -> np.ndarray:
+    """A crop of a photograph as float (size, size, 3), 0 to 255."""
+    photograph = photographs[rng.randint(len(photographs))]
+    side = rng.randint(_CROP_SIZES[0], _CROP_SIZES[1] + 1)
+    top = rng.randint(photograph.shape[0] - side + 1)
+    left = rng.randint(photograph.shape[1] - side + 1)
+    crop = photograph[top : top + side, left : left + side]
+    if rng.rand() < 0.5:
+        crop = crop[:, ::-1]
+    crop = Image.fromarray(np.ascontiguousarray(crop)).resize((_IMAGE_SIZE, _IMAGE_SIZE), Image.BILINEAR)
+    return np.asarray(crop, dtype=np.float64)
+
+
+def _colour(rng: np.random.RandomState, behind: np.ndarray) -> np.ndarray:
+    """A colour that differs visibly from the mean colour behind."""
+    while True:
+        colour = rng.randint(0, 256, 3).astype(np.float64)
+        if abs(colour.mean() - behind.mean()) > 60:
+            return colour
+
+
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
+    """Share of the smaller of two (x, y, w, h) boxes that the other covers."""
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0) / min(a[2] * a[3], b[2] * b[3])
+
+
+def _draw_image(
+    rng: np.random.RandomState, photographs: list[np.ndarray], scans: np.ndarray, digits: np.ndarray
+) -> tuple[Image.Image, list[tuple[int, tuple[int, int, int, int]]]]:
+    """One image and its (digit, (x, y, w, h)) in pixels."""
+    canvas = _background(rng, photographs)
+    objects: list[tuple[int, tuple[int, int, int, int]]] = []
+    wanted = 0 if rng.rand() < _WITHOUT_DIGITS else rng.randint(1, _MOST_DIGITS + 1)
+    for _ in range(wanted):
+        index = rng.randint(len(scans))
+        height = np.exp(rng.uniform(*np.log(_DIGIT_SIZES)))
+        opacity = _draw_scan(scans[index], height, np.deg2rad(rng.uniform(-_MOST_DEGREES, _MOST_DEGREES)))
+        h, w = opacity.shape
+        for _ in range(20):
+            x, y = rng.randint(_IMAGE_SIZE - w + 1), rng.randint(_IMAGE_SIZE - h + 1)
+            if all(_overlap((x, y, w, h), box) <= _MOST_OVERLAP for _, box in objects):
+                break
+        else:
+            continue  # no room left
+        behind = canvas[y : y + h, x : x + w]
+        share = opacity[..., None] * rng.uniform(0.75, 1.0)
+        canvas[y : y + h, x : x + w] = (1 - share) * behind + share * _colour(rng, behind)
+        objects.append((int(digits[index]), (int(x), int(y), int(w), int(h))))
+    return Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8)), objects
+
+
+def write_digits(root: str) -> None:
+    """Write both splits below ``root``, unless they are there; safe for several processes at once.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    target = os.path.join(root, _FOLDER)
+    if os.path.isdir(target):
+        return
+    try:
+        from sklearn.datasets import load_digits, load_sample_images
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "The embedded dataset is made of scikit-learn's bundled scans and photographs: pip install scikit-learn."
+        ) from error
+    os.makedirs(root, exist_ok=True)
+    with file_lock(target):
+        if os.path.isdir(target):  # another process was faster
+            return
+        logger.info("Writing the embedded dataset to %s (once).", target)
+        scans = load_digits()
+        photographs = load_sample_images().images
+        temporary = tempfile.mkdtemp(dir=root, prefix=_FOLDER)
+        try:
+            os.mkdir(os.path.join(temporary, "annotations"))
+            for name, split in _SPLITS.items():
+                _write_split(temporary, name, split, scans.images[split.scans], scans.target[split.scans], photographs)
+            os.chmod(temporary, 0o755)
+            os.rename(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _write_split(
+    folder: str, name: str, split: _Split, scans: np.ndarray, digits: np.ndarray, photographs: list[np.ndarray]
+) -> None:
+    rng = np.random.RandomState(split.seed)  # a frozen stream: the same numbers with every numpy
+    photographs = [photograph[:, split.columns] for photograph in photographs]
+    images, annotations = [], []
+    os.mkdir(os.path.join(folder, name))
+    for image_id in range(1, split.num_images + 1):
+        image, objects = _draw_image(rng, photographs, scans, digits)
+        file_name = f"{image_id:06d}.jpg"
+        image.save(os.path.join(folder, name, file_name), quality=92)
+        images.append({"id": image_id, "file_name": file_name, "height": image.height, "width": image.width})
+        for digit, box in objects:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": digit + 1,
+                    "bbox": list(box),
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(DIGIT_CLASSES)]
+    with open(os.path.join(folder, "annotations", f"{name}.json"), "w") as f:
+        json.dump({"images": images, "annotations": annotations, "categories": categories}, f)
+
+
+def register_digits(root: str) -> None:
+    """Register ``digits_train`` and ``digits_val``; the files are written when a dataset is first loaded."""
+    for split in _SPLITS:
+        json_file, image_root = _dataset_paths(root, split)
+        name = f"digits_{split}"
+
+        def load(name=name, json_file=json_file, image_root=image_root):
+            write_digits(root)
+            return load_coco_json(json_file, image_root, name)
+
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(
+            json_file=json_file,
+            image_root=image_root,
+            evaluator_type="coco",
+            thing_classes=DIGIT_CLASSES,
+            thing_dataset_id_to_contiguous_id={digit + 1: digit for digit in range(len(DIGIT_CLASSES))},
+        )

@@ -1,0 +1,157 @@
+"""The decoder: self-attention, Semantics Aligner, cross-attention and box refinement (paper sections 3.2 to 3.4).
+
+Layers go from the coarsest level to the finest. Every layer predicts classes and a box; the box is the next layer's
+reference box.
+
+Shapes: B images, Q queries, C model width, M heads, K classes, L decoder layers.
+"""
+
+import math
+
+import torch
+from detectron2.config import configurable
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cross_attention import build_cross_attention
+from .layers import MLP, FeedForward, xavier_uniform_matrices_
+from .position_encoding import sine_embedding
+from .semantics_aligner import build_semantics_aligner
+from .structures import FeatureLevel, QueryBatch
+
+__all__ = ["Decoder", "DecoderLayer", "level_of_layer"]
+
+
+def level_of_layer(num_layers: int, num_levels: int) -> list[int]:
+    """The level that each decoder layer attends to: spread evenly, the coarsest (last) level first.
+
+    >>> level_of_layer(6, 3)
+    [2, 2, 1, 1, 0, 0]
+    """
+    return [num_levels - 1 - layer * num_levels // num_layers for layer in range(num_layers)]
+
+
+class QuerySelfAttention(nn.Module):
+    """Multi-head attention among the queries, with separate projections of content and position."""
+
+    def __init__(self, *, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_content = nn.Linear(dim, dim)
+        self.query_position = nn.Linear(dim, dim)
+        self.key_content = nn.Linear(dim, dim)
+        self.key_position = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+        xavier_uniform_matrices_(self)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, content: Tensor, position: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Map contents and positions, both (B, Q, C), to (B, Q, C); for the mask see :class:`QueryBatch`."""
+        q = self.query_content(content) + self.query_position(position)
+        k = self.key_content(content) + self.key_position(position)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, self.value(content)))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+
+class DecoderLayer(nn.Module):
+    """One layer of the decoder, without its prediction heads."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        temperature: float,
+        aligner: nn.Module,
+        cross_attention: nn.Module,
+    ):
+        super().__init__()
+        self.dim = dim
+        self.temperature = temperature
+        self.self_attention = QuerySelfAttention(dim=dim, num_heads=num_heads)
+        self.self_attention_norm = nn.LayerNorm(dim)
+        self.aligner = aligner
+        self.cross_attention = cross_attention
+        self.cross_attention_norm = nn.LayerNorm(dim)
+        self.feedforward = FeedForward(dim, feedforward_dim)
+
+    def forward(
+        self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel, attention_mask: Tensor | None
+    ) -> Tensor:
+        """Map query contents (B, Q, C) to (B, Q, C), given reference boxes (B, Q, 4)."""
+        position = sine_embedding(reference_boxes[..., :2].detach(), self.dim, self.temperature).to(content.dtype)
+        content = self.self_attention_norm(content + self.self_attention(content, position, attention_mask))
+        aligned = self.aligner(content, reference_boxes, level)
+        content = self.cross_attention_norm(content + self.cross_attention(aligned, level))
+        return self.feedforward(content)
+
+
+class Decoder(nn.Module):
+    """The coarse-to-fine, box-refining loop and the prediction heads of every layer."""
+
+    @configurable
+    def __init__(self, *, layers: list[nn.Module], dim: int, num_classes: int, prior_prob: float):
+        """
+        Args:
+            layers: the L decoder layers, each called like :class:`DecoderLayer`.
+            dim: model width C.
+            num_classes: number of classes K.
+            prior_prob: the score that every class starts with.
+        """
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in layers)
+        self.box_heads = nn.ModuleList(MLP([dim, dim, dim, 4]) for _ in layers)
+        for head in self.class_heads:
+            nn.init.constant_(head.bias, -math.log((1 - prior_prob) / prior_prob))
+        for head in self.box_heads:
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.SAMDETR
+        layers = []
+        for _ in range(node.DECODER.NUM_LAYERS):
+            cross_attention = build_cross_attention(cfg)
+            layers.append(
+                DecoderLayer(
+                    dim=node.HIDDEN_DIM,
+                    num_heads=node.NUM_HEADS,
+                    feedforward_dim=node.DECODER.FEEDFORWARD_DIM,
+                    temperature=node.POSITION_TEMPERATURE,
+                    aligner=build_semantics_aligner(
+                        cfg, predict_scales=getattr(cross_attention, "needs_scales", False)
+                    ),
+                    cross_attention=cross_attention,
+                )
+            )
+        return {
+            "layers": layers,
+            "dim": node.HIDDEN_DIM,
+            "num_classes": node.NUM_CLASSES,
+            "prior_prob": node.PRIOR_PROB,
+        }
+
+    def forward(self, queries: QueryBatch, levels: list[FeatureLevel]) -> dict[str, Tensor]:
+        """Decode.
+
+        Args:
+            queries: the queries of a batch.
+            levels: the encoded image, from the finest to the coarsest level.
+
+        Returns:
+            ``pred_logits`` (L, B, Q, K) and ``pred_boxes`` (L, B, Q, 4), normalised (cx, cy, w, h), both float32.
+        """
+        content, reference_logits = queries.content, queries.reference_logits.float()
+        all_logits, all_boxes = [], []
+        for i, level in enumerate(level_of_layer(len(self.layers), len(levels))):
+            content = self.layers[i](content, reference_logits.sigmoid(), levels[level], queries.attention_mask)
+            box_logits = reference_logits + self.box_heads[i](content).float()
+            all_logits.append(self.class_heads[i](content).float())
+            all_boxes.append(box_logits.sigmoid())
+            reference_logits = box_logits.detach()  # each layer learns from its own loss only
+        return {"pred_logits": torch.stack(all_logits), "pred_boxes": torch.stack(all_boxes)}

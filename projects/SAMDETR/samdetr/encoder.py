@@ -1,0 +1,112 @@
+"""Encoders: from projected feature maps to the memory that the decoder attends to (paper section 3.1).
+
+Shapes: B images, C model width, M heads, H x W a feature map, N pixels of all levels together.
+"""
+
+import torch
+from detectron2.config import configurable
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from .layers import FeedForward, xavier_uniform_matrices_
+from .structures import FeatureLevel
+
+__all__ = ["ENCODER_REGISTRY", "TransformerEncoder", "build_encoder"]
+
+ENCODER_REGISTRY = Registry("ENCODER")
+ENCODER_REGISTRY.__doc__ = """
+Registry of encoders, chosen by ``cfg.MODEL.SAMDETR.ENCODER.NAME``.
+
+A registered class is called as ``Encoder(cfg)``. The module it makes is called with a list of :class:`FeatureLevel`, in
+the order of ``MODEL.SAMDETR.IN_FEATURES``, and returns as many levels in the same order, with new ``features`` of the
+same shape. An unpadded pixel must not depend on padded ones.
+"""
+
+
+def build_encoder(cfg) -> nn.Module:
+    """Build the encoder by ``cfg.MODEL.SAMDETR.ENCODER.NAME``."""
+    return ENCODER_REGISTRY.get(cfg.MODEL.SAMDETR.ENCODER.NAME)(cfg)
+
+
+def flatten_levels(maps: list[Tensor]) -> Tensor:
+    """Concatenate (B or 1, H_i, W_i, ...) maps to (B or 1, N, ...)."""
+    batch = max(len(x) for x in maps)
+    return torch.cat([x.flatten(1, 2).expand(batch, *[-1] * (x.dim() - 2)) for x in maps], dim=1)
+
+
+def flatten_padding_masks(levels: list[FeatureLevel]) -> Tensor | None:
+    """(B, N) bool, True at padded pixels; None if no level has any."""
+    if all(level.padding_mask is None for level in levels):
+        return None
+    masks = [level.padding_mask for level in levels]
+    return flatten_levels(
+        [
+            level.features.new_zeros(level.features.shape[:3], dtype=torch.bool) if mask is None else mask
+            for mask, level in zip(masks, levels)
+        ]
+    )
+
+
+def with_new_features(levels: list[FeatureLevel], memory: Tensor) -> list[FeatureLevel]:
+    """Cut (B, N, C) back into levels that keep everything but their features."""
+    parts = memory.split([level.size[0] * level.size[1] for level in levels], dim=1)
+    return [
+        FeatureLevel(part.unflatten(1, level.size), level.position, level.valid_size, level.padding_mask)
+        for part, level in zip(parts, levels)
+    ]
+
+
+class TransformerEncoderLayer(nn.Module):
+    """Self-attention and feed-forward network, each followed by residual and LayerNorm."""
+
+    def __init__(self, *, dim: int, num_heads: int, feedforward_dim: int):
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.norm = nn.LayerNorm(dim)
+        self.feedforward = FeedForward(dim, feedforward_dim)
+        xavier_uniform_matrices_(self.self_attention)
+
+    def forward(self, x: Tensor, position: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Map (B, N, C) to (B, N, C); ``position`` (B or 1, N, C) is added to queries and keys."""
+        q = x + position
+        attended, _ = self.self_attention(q, q, x, key_padding_mask=padding_mask, need_weights=False)
+        return self.feedforward(self.norm(x + attended))
+
+
+@ENCODER_REGISTRY.register()
+class TransformerEncoder(nn.Module):
+    """DETR's encoder: every pixel attends to every other pixel (of all levels, if there are several)."""
+
+    @configurable
+    def __init__(self, *, dim: int, num_heads: int, feedforward_dim: int, num_layers: int):
+        """
+        Args:
+            dim: model width C.
+            num_heads: attention heads M, dividing C.
+            feedforward_dim: hidden width of the feed-forward networks.
+            num_layers: number of layers, 0 or more.
+        """
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TransformerEncoderLayer(dim=dim, num_heads=num_heads, feedforward_dim=feedforward_dim)
+            for _ in range(num_layers)
+        )
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.SAMDETR
+        return {
+            "dim": node.HIDDEN_DIM,
+            "num_heads": node.NUM_HEADS,
+            "feedforward_dim": node.ENCODER.FEEDFORWARD_DIM,
+            "num_layers": node.ENCODER.NUM_LAYERS,
+        }
+
+    def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
+        """See :data:`ENCODER_REGISTRY`."""
+        memory = flatten_levels([level.features for level in levels])
+        position = flatten_levels([level.position for level in levels])
+        mask = flatten_padding_masks(levels)
+        for layer in self.layers:
+            memory = layer(memory, position, mask)
+        return with_new_features(levels, memory)

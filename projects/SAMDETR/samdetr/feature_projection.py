@@ -1,0 +1,100 @@
+"""From the backbone's feature maps to the transformer's levels: 1x1 projection, norm, position, padding.
+
+From here on padding is invisible: a padded map gives at its unpadded pixels what the same map gives without padding.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .position_encoding import pixel_position_encoding
+from .structures import FeatureLevel
+
+__all__ = ["FeatureProjection", "MaskedGroupNorm"]
+
+
+class MaskedGroupNorm(nn.GroupNorm):
+    """GroupNorm of channels-last maps whose statistics leave out padded pixels."""
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Normalise each image.
+
+        Args:
+            x: (B, H, W, C).
+            padding_mask: (B, H, W), True at pixels to leave out; None if there are none.
+
+        Returns:
+            (B, H, W, C), finite at padded pixels, where the value means nothing.
+        """
+        if padding_mask is None:
+            return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        groups = x.float().unflatten(-1, (self.num_groups, -1))  # (B, H, W, G, C / G)
+        valid = (~padding_mask)[..., None, None].to(groups.dtype)
+        count = valid.sum((1, 2), keepdim=True) * groups.shape[-1]
+        mean = (groups * valid).sum((1, 2, 4), keepdim=True) / count
+        centred = groups - mean
+        variance = (centred.square() * valid).sum((1, 2, 4), keepdim=True) / count
+        normalised = (centred * (variance + self.eps).rsqrt()).flatten(3).to(x.dtype)
+        return normalised * self.weight + self.bias
+
+
+class FeatureProjection(nn.Module):
+    """Project every level to the model's width and attach what the transformer needs to know about it.
+
+    Args:
+        in_channels: channels of each level.
+        strides: stride of each level, in image pixels.
+        dim: model width C.
+        num_groups: groups of the GroupNorm behind each projection; 0 for no norm (the published single-scale
+            50-epoch models).
+        temperature: of the sine position encoding.
+    """
+
+    def __init__(self, *, in_channels: list[int], strides: list[int], dim: int, num_groups: int, temperature: float):
+        super().__init__()
+        self.strides = list(strides)
+        self.dim = dim
+        self.temperature = temperature
+        # A 1x1 convolution is a linear layer on channels-last maps; torch initialises both alike.
+        self.projections = nn.ModuleList(nn.Linear(channels, dim) for channels in in_channels)
+        self.norms = nn.ModuleList(MaskedGroupNorm(num_groups, dim) for _ in in_channels) if num_groups else None
+        # Tells the levels apart in multi-scale models; a single level needs no name.
+        self.level_embedding = nn.Parameter(torch.randn(len(in_channels), dim)) if len(in_channels) > 1 else None
+
+    def forward(self, features: list[Tensor], image_sizes: list[tuple[int, int]]) -> list[FeatureLevel]:
+        """Make the levels.
+
+        Args:
+            features: the backbone's maps, (B, C_i, H_i, W_i).
+            image_sizes: height and width of each image, without padding.
+
+        Returns:
+            The levels, in the order of ``features``.
+        """
+        levels = []
+        for i, feature in enumerate(features):
+            height, width = feature.shape[-2:]
+            # Convolutions and pooling of ResNets round up. Python integers, so that nothing waits for the device.
+            valid = [
+                (min(-(-w // self.strides[i]), width), min(-(-h // self.strides[i]), height)) for h, w in image_sizes
+            ]
+            padded = any(size != (width, height) for size in valid)
+            valid_size = torch.tensor(valid if padded else valid[:1], dtype=torch.float32, device=feature.device)
+            position = pixel_position_encoding((height, width), valid_size, self.dim, self.temperature)
+            position = position.to(feature.dtype)
+            if self.level_embedding is not None:
+                position = position + self.level_embedding[i]
+            mask = padding_mask((height, width), valid_size) if padded else None
+            x = self.projections[i](feature.permute(0, 2, 3, 1))
+            if self.norms is not None:
+                x = self.norms[i](x, mask)
+            levels.append(FeatureLevel(x, position, valid_size.expand(len(image_sizes), 2), mask))
+        return levels
+
+
+def padding_mask(size: tuple[int, int], valid_size: Tensor) -> Tensor:
+    """(B, H, W) bool, True beyond each image's (B, 2) valid width and height."""
+    rows = torch.arange(size[0], device=valid_size.device)
+    columns = torch.arange(size[1], device=valid_size.device)
+    outside_y = rows >= valid_size[:, 1:]
+    outside_x = columns >= valid_size[:, :1]
+    return outside_y[:, :, None] | outside_x[:, None]

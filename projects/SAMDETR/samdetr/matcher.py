@@ -1,0 +1,131 @@
+"""Bipartite matching between the queries' predictions and the ground truth (paper section 3.1, as in DETR).
+
+Shapes: L decoder layers, B images, Q queries, K classes; T matched pairs a layer, the sum over images of
+min(Q, number of boxes).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import configurable
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from .boxes import cxcywh_to_xyxy, generalized_iou
+from .structures import ImageTarget
+
+__all__ = ["HungarianMatcher", "Matches", "NonFinitePredictionError"]
+
+
+class NonFinitePredictionError(FloatingPointError):
+    """A prediction or a target is not finite.
+
+    Attributes:
+        image_index: which image of the batch.
+    """
+
+    def __init__(self, image_index: int):
+        super().__init__(f"Predictions or targets of image {image_index} of the batch are not finite.")
+        self.image_index = image_index
+
+
+@dataclass
+class Matches:
+    """Which query predicts which box, in every layer.
+
+    Attributes:
+        image: (T,) index of the image.
+        query: (L, T) index of the query.
+        target: (L, T) index into the boxes of all images, concatenated.
+    """
+
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+
+class HungarianMatcher:
+    """Assign each box to one query, at the smallest total cost, in every image and layer."""
+
+    @configurable
+    def __init__(
+        self, *, class_weight: float, l1_weight: float, giou_weight: float, focal_alpha: float, focal_gamma: float
+    ):
+        """
+        Args:
+            class_weight, l1_weight, giou_weight: weights of the three costs.
+            focal_alpha, focal_gamma: of the focal class cost.
+        """
+        self.class_weight = class_weight
+        self.l1_weight = l1_weight
+        self.giou_weight = giou_weight
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.SAMDETR
+        return {
+            "class_weight": node.MATCHER.CLASS_WEIGHT,
+            "l1_weight": node.MATCHER.L1_WEIGHT,
+            "giou_weight": node.MATCHER.GIOU_WEIGHT,
+            "focal_alpha": node.LOSS.FOCAL_ALPHA,
+            "focal_gamma": node.LOSS.FOCAL_GAMMA,
+        }
+
+    @torch.no_grad()
+    def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: list[ImageTarget]) -> Matches:
+        """Match all layers and images, with one transfer from the device.
+
+        Args:
+            pred_logits: (L, B, Q, K).
+            pred_boxes: (L, B, Q, 4), normalised (cx, cy, w, h).
+            targets: B targets.
+
+        Raises:
+            NonFinitePredictionError: a cost is NaN or infinite.
+        """
+        num_layers, _, num_queries = pred_logits.shape[:3]
+        costs = [self.cost(pred_logits[:, i], pred_boxes[:, i], target) for i, target in enumerate(targets)]
+        costs = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
+        images, queries, matched = [], [[] for _ in range(num_layers)], [[] for _ in range(num_layers)]
+        start = first_box = 0
+        for image, target in enumerate(targets):
+            block = costs[start : start + num_layers * num_queries * len(target)]
+            block = block.reshape(num_layers, num_queries, len(target))
+            start += block.size
+            # A sum is finite if and only if no entry is NaN or infinite (entries are bounded otherwise).
+            if block.size and not abs(float(block.sum())) < float("inf"):
+                raise NonFinitePredictionError(image)
+            for layer in range(num_layers):
+                rows, columns = linear_sum_assignment(block[layer])
+                queries[layer].extend(rows.tolist())
+                matched[layer].extend((columns + first_box).tolist())
+            images.extend([image] * min(num_queries, len(target)))
+            first_box += len(target)
+        device = pred_logits.device
+        return Matches(
+            image=torch.tensor(images, dtype=torch.long, device=device),
+            query=torch.tensor(queries, dtype=torch.long, device=device),
+            target=torch.tensor(matched, dtype=torch.long, device=device),
+        )
+
+    def cost(self, logits: Tensor, boxes: Tensor, target: ImageTarget) -> Tensor:
+        """Cost of every pair of a query and a box of one image.
+
+        Args:
+            logits: (L, Q, K).
+            boxes: (L, Q, 4), normalised (cx, cy, w, h).
+            target: the image's n boxes.
+
+        Returns:
+            (L, Q, n) float32.
+        """
+        p = logits[..., target.labels].float().sigmoid()
+        alpha, gamma, eps = self.focal_alpha, self.focal_gamma, 1e-8
+        positive = alpha * (1 - p) ** gamma * -(p + eps).log()
+        negative = (1 - alpha) * p**gamma * -(1 - p + eps).log()
+        boxes, target_boxes = boxes.float()[..., None, :], target.boxes.float()
+        l1 = (boxes - target_boxes).abs().sum(-1)
+        giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+        return self.class_weight * (positive - negative) + self.l1_weight * l1 - self.giou_weight * giou

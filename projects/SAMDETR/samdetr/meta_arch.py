@@ -1,0 +1,205 @@
+"""SAMDETR, the meta-architecture: images in, losses or detections out."""
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import move_device_like
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, detector_postprocess
+from detectron2.modeling.backbone import Backbone
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from .boxes import xyxy_to_cxcywh
+from .criterion import SetCriterion
+from .decoder import Decoder
+from .encoder import build_encoder
+from .feature_projection import FeatureProjection
+from .inference import select_detections
+from .matcher import NonFinitePredictionError
+from .query_generator import build_query_generator
+from .structures import ImageTarget, QueryBatch
+
+__all__ = ["SAMDETR"]
+
+
+@META_ARCH_REGISTRY.register()
+class SAMDETR(nn.Module):
+    """SAM-DETR and SAM-DETR++ (https://arxiv.org/abs/2203.06883, https://arxiv.org/abs/2207.14172)."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        in_features: list[str],
+        feature_projection: FeatureProjection,
+        encoder: nn.Module,
+        query_generator: nn.Module,
+        decoder: Decoder,
+        criterion: SetCriterion,
+        num_classes: int,
+        max_detections: int,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+    ):
+        """
+        Args:
+            backbone: follows detectron2's backbone interface.
+            in_features: names of the backbone's outputs to use, from the finest to the coarsest.
+            feature_projection: makes levels of the chosen features.
+            encoder: see :data:`samdetr.encoder.ENCODER_REGISTRY`.
+            query_generator: see :data:`samdetr.query_generator.QUERY_GENERATOR_REGISTRY`.
+            decoder: predicts from queries and levels.
+            criterion: computes the losses.
+            num_classes: number of classes K; labels in training are in [0, K).
+            max_detections: how many detections to return for an image.
+            pixel_mean, pixel_std: of each channel, in the images' units (0 to 255).
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.in_features = list(in_features)
+        self.feature_projection = feature_projection
+        self.encoder = encoder
+        self.query_generator = query_generator
+        self.decoder = decoder
+        self.criterion = criterion
+        self.num_classes = num_classes
+        self.max_detections = max_detections
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.SAMDETR
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        missing = [name for name in node.IN_FEATURES if name not in shapes]
+        if missing or not node.IN_FEATURES:
+            raise ValueError(
+                f"MODEL.SAMDETR.IN_FEATURES is {list(node.IN_FEATURES)}, but the backbone {cfg.MODEL.BACKBONE.NAME} "
+                f"gives {sorted(shapes)}: choose from these, or change what the backbone gives "
+                "(MODEL.RESNETS.OUT_FEATURES for a ResNet)."
+            )
+        features = [shapes[name] for name in node.IN_FEATURES]
+        if any(fine.stride >= coarse.stride for fine, coarse in zip(features, features[1:])):
+            raise ValueError(
+                f"MODEL.SAMDETR.IN_FEATURES {list(node.IN_FEATURES)} have strides {[f.stride for f in features]}: "
+                "name them from the finest to the coarsest."
+            )
+        return {
+            "backbone": backbone,
+            "in_features": node.IN_FEATURES,
+            "feature_projection": FeatureProjection(
+                in_channels=[feature.channels for feature in features],
+                strides=[feature.stride for feature in features],
+                dim=node.HIDDEN_DIM,
+                num_groups=node.PROJECTION_NUM_GROUPS,
+                temperature=node.POSITION_TEMPERATURE,
+            ),
+            "encoder": build_encoder(cfg),
+            "query_generator": build_query_generator(cfg),
+            "decoder": Decoder(cfg),
+            "criterion": SetCriterion(cfg),
+            "num_classes": node.NUM_CLASSES,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """Train on or detect in a batch of images.
+
+        Args:
+            batched_inputs: detectron2's standard input, one dict an image: ``image`` (3, H, W) in 0 to 255; in training
+                ``instances`` with ``gt_boxes`` and ``gt_classes``; in evaluation ``height`` and ``width`` of the output,
+                by default the image's own.
+
+        Returns:
+            In training, the weighted losses by name. In evaluation, one ``{"instances": Instances}`` an image, with
+            ``pred_boxes``, ``scores``, ``pred_classes`` and ``query_indices``, best first, boxes in the output's pixels
+            and clipped.
+
+        Raises:
+            FloatingPointError: a prediction is NaN or infinite in training; names the image.
+            ValueError: a ground-truth label or box is unusable; names the image.
+        """
+        images = self.preprocess_images(batched_inputs)
+        if not self.training:
+            predictions, _ = self.decode(images, targets=None)
+            detections = select_detections(
+                predictions["pred_logits"][-1], predictions["pred_boxes"][-1], images.image_sizes, self.max_detections
+            )
+            return [
+                {"instances": detector_postprocess(result, inputs.get("height", size[0]), inputs.get("width", size[1]))}
+                for result, inputs, size in zip(detections, batched_inputs, images.image_sizes)
+            ]
+        targets = self.prepare_targets(batched_inputs)
+        predictions, queries = self.decode(images, targets)
+        try:
+            return self.criterion(
+                predictions["pred_logits"], predictions["pred_boxes"], targets, denoising=queries.denoising
+            )
+        except NonFinitePredictionError as error:
+            raise FloatingPointError(
+                f"The model's predictions for {name_of(batched_inputs[error.image_index])} are not finite. A smaller "
+                "learning rate (SOLVER.BASE_LR), gradient clipping (SOLVER.CLIP_GRADIENTS) or a look at this image and "
+                "its boxes helps."
+            ) from error
+
+    @torch.no_grad()
+    def predict(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """The raw outputs of every decoder layer, before post-processing, in the order of the queries.
+
+        Args:
+            batched_inputs: see :meth:`forward`; ground truth is not looked at.
+
+        Returns:
+            ``pred_logits`` (L, B, Q, K) and ``pred_boxes`` (L, B, Q, 4), normalised (cx, cy, w, h).
+        """
+        predictions, _ = self.decode(self.preprocess_images(batched_inputs), targets=None)
+        return predictions
+
+    def preprocess_images(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise the images and pad them, right and bottom, to the largest."""
+        images = [move_device_like(inputs["image"], self.pixel_mean) for inputs in batched_inputs]
+        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
+        return ImageList.from_tensors(
+            images, self.backbone.size_divisibility, padding_constraints=self.backbone.padding_constraints
+        )
+
+    def prepare_targets(self, batched_inputs: list[dict]) -> list[ImageTarget]:
+        """Ground truth, normalised by each image's own size; boxes without area are left out."""
+        targets = []
+        for inputs in batched_inputs:
+            if "instances" not in inputs:
+                raise ValueError(f"{name_of(inputs)} has no 'instances', which training needs; an empty one will do.")
+            instances = inputs["instances"]
+            labels, boxes = instances.gt_classes, instances.gt_boxes.tensor.float()
+            if not boxes.isfinite().all():
+                raise ValueError(f"{name_of(inputs)} has a box that is not finite: {boxes.tolist()}.")
+            if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
+                raise ValueError(
+                    f"{name_of(inputs)} has class labels from {labels.min()} to {labels.max()}, but "
+                    f"MODEL.SAMDETR.NUM_CLASSES is {self.num_classes}: set it to the dataset's number of classes."
+                )
+            keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+            height, width = instances.image_size
+            boxes = xyxy_to_cxcywh(boxes[keep]) / boxes.new_tensor([width, height, width, height])
+            targets.append(ImageTarget(labels[keep].to(self.device), boxes.to(self.device)))
+        return targets
+
+    def decode(self, images: ImageList, targets: list[ImageTarget] | None) -> tuple[dict[str, Tensor], QueryBatch]:
+        """Run the network; return the decoder's predictions and the queries that it was given."""
+        features = self.backbone(images.tensor)
+        levels = self.feature_projection([features[name] for name in self.in_features], images.image_sizes)
+        levels = self.encoder(levels)
+        queries = self.query_generator(len(images), targets)
+        return self.decoder(queries, levels), queries
+
+
+def name_of(inputs: dict) -> str:
+    """How to call one image in a message."""
+    return f"image {inputs.get('file_name', inputs.get('image_id', '(without file_name)'))}"

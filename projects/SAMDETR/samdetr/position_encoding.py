@@ -1,0 +1,58 @@
+"""Sine embeddings of points, and of the pixel centres of feature maps (model: SAM-DETR, as published).
+
+The first half of the channels belongs to y, the second to x; sine and cosine are interleaved.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["sine_embedding", "pixel_position_encoding"]
+
+
+def _sine_embedding_1d(coordinate: Tensor, dim: int, temperature: float) -> Tensor:
+    """Embed (...) coordinates, 1 being a full turn of the fastest sine, into (..., dim)."""
+    if dim % 2:
+        raise ValueError(f"A sine embedding needs an even number of channels a coordinate, not {dim}.")
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=coordinate.device) / dim
+    angle = (2 * math.pi * coordinate.float())[..., None] / temperature**exponent
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+def sine_embedding(points: Tensor, dim: int, temperature: float) -> Tensor:
+    """Embed points of the image.
+
+    Args:
+        points: (..., 2), (x, y) in [0, 1].
+        dim: number of channels C, a multiple of 4.
+        temperature: ratio of the slowest to the fastest wave length, about.
+
+    Returns:
+        (..., C) float32.
+    """
+    x, y = points.unbind(-1)
+    half = dim // 2
+    return torch.cat([_sine_embedding_1d(y, half, temperature), _sine_embedding_1d(x, half, temperature)], dim=-1)
+
+
+def pixel_position_encoding(size: tuple[int, int], valid_size: Tensor, dim: int, temperature: float) -> Tensor:
+    """Embed the centres of a feature map's pixels, (i + 0.5) / valid length.
+
+    Args:
+        size: height and width of the (padded) map.
+        valid_size: (B, 2), width and height of the unpadded part, in pixels.
+        dim, temperature: see :func:`sine_embedding`.
+
+    Returns:
+        (B, H, W, C) float32, finite at padded pixels too.
+    """
+    height, width = size
+    half = dim // 2
+    rows = torch.arange(height, dtype=torch.float32, device=valid_size.device) + 0.5
+    columns = torch.arange(width, dtype=torch.float32, device=valid_size.device) + 0.5
+    y = _sine_embedding_1d(rows / valid_size[:, 1:], half, temperature)  # (B, H, C / 2)
+    x = _sine_embedding_1d(columns / valid_size[:, :1], half, temperature)  # (B, W, C / 2)
+    y = y[:, :, None].expand(-1, -1, width, -1)
+    x = x[:, None].expand(-1, height, -1, -1)
+    return torch.cat([y, x], dim=-1)

@@ -1,0 +1,183 @@
+"""The Semantics Aligner: queries resampled from the encoded image (paper section 3.2 and 3.3).
+
+For each query, the features inside its reference box are pooled by RoIAlign; from them a small network finds one
+representative keypoint for each attention head; the features at the keypoint become that head's content query, and the
+keypoint's place becomes its position query. Queries and keys then live in the same space.
+
+Shapes: B images, Q queries, C model width, M heads, P pooled size, H x W the feature map.
+"""
+
+from detectron2.config import configurable
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from .layers import MLP, xavier_uniform_matrices_
+from .position_encoding import sine_embedding
+from .roi_align import linear_interpolation_weights, roi_align
+from .structures import AlignedQuery, FeatureLevel
+
+__all__ = ["SEMANTICS_ALIGNER_REGISTRY", "SemanticsAligner", "IdentityAligner", "build_semantics_aligner"]
+
+SEMANTICS_ALIGNER_REGISTRY = Registry("SEMANTICS_ALIGNER")
+SEMANTICS_ALIGNER_REGISTRY.__doc__ = """
+Registry of the parts that prepare a decoder layer's queries for its cross-attention, chosen by
+``cfg.MODEL.SAMDETR.ALIGNER.NAME``.
+
+A registered class is called as ``Aligner(cfg, predict_scales=bool)``, once for each decoder layer, where
+``predict_scales`` tells whether the cross-attention needs Gaussian scales. The module it makes is called with
+
+* ``content`` (B, Q, C), the query contents after self-attention,
+* ``reference_boxes`` (B, Q, 4), normalised (cx, cy, w, h), which carry a gradient in the first layer,
+* ``level``, the :class:`FeatureLevel` that this layer attends to,
+
+and returns an :class:`AlignedQuery`: ``content`` and ``position`` (B, Q, M, C), ``keypoints`` (B, Q, M, 2) and, if
+``predict_scales``, ``gaussian_scales`` (B, Q, M, 2).
+"""
+
+
+def build_semantics_aligner(cfg, *, predict_scales: bool) -> nn.Module:
+    """Build the aligner of one decoder layer by ``cfg.MODEL.SAMDETR.ALIGNER.NAME``."""
+    return SEMANTICS_ALIGNER_REGISTRY.get(cfg.MODEL.SAMDETR.ALIGNER.NAME)(cfg, predict_scales=predict_scales)
+
+
+@SEMANTICS_ALIGNER_REGISTRY.register()
+class SemanticsAligner(nn.Module):
+    """Semantic-aligned matching, as published."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        pooled_size: int,
+        reduction: int,
+        hidden_dims: list[int],
+        temperature: float,
+        predict_scales: bool = False,
+    ):
+        """
+        Args:
+            dim: model width C.
+            num_heads: attention heads M; each has a keypoint of its own.
+            pooled_size: RoIAlign's bins P along each side.
+            reduction: the pooled features are reduced to C / reduction channels before the keypoint search.
+            hidden_dims: widths of the hidden layers of the keypoint search.
+            temperature: of the keypoints' sine embedding.
+            predict_scales: whether to predict (sx, sy) of a Gaussian at each keypoint, too.
+        """
+        super().__init__()
+        if dim % reduction:
+            raise ValueError(
+                f"MODEL.SAMDETR.ALIGNER.REDUCTION ({reduction}) does not divide MODEL.SAMDETR.HIDDEN_DIM ({dim})."
+            )
+        self.dim = dim
+        self.num_heads = num_heads
+        self.pooled_size = pooled_size
+        self.temperature = temperature
+        self.predict_scales = predict_scales
+        self.reduction = nn.Linear(dim, dim // reduction)
+        values_a_head = 4 if predict_scales else 2
+        self.keypoint_head = MLP([dim // reduction * pooled_size**2, *hidden_dims, values_a_head * num_heads])
+        self.content_gate = nn.Linear(dim, num_heads * dim)
+        self.position_gate = nn.Linear(dim, num_heads * dim)
+        xavier_uniform_matrices_(self)
+        nn.init.zeros_(self.keypoint_head.layers[-1].bias)
+
+    @classmethod
+    def from_config(cls, cfg, *, predict_scales):
+        node = cfg.MODEL.SAMDETR
+        return {
+            "dim": node.HIDDEN_DIM,
+            "num_heads": node.NUM_HEADS,
+            "pooled_size": node.ALIGNER.POOLED_SIZE,
+            "reduction": node.ALIGNER.REDUCTION,
+            "hidden_dims": list(node.ALIGNER.KEYPOINT_HIDDEN_DIMS),
+            "temperature": node.POSITION_TEMPERATURE,
+            "predict_scales": predict_scales,
+        }
+
+    def forward(self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel) -> AlignedQuery:
+        """See :data:`SEMANTICS_ALIGNER_REGISTRY`."""
+        pooled = roi_align(level.features, reference_boxes.detach(), level.valid_size, self.pooled_size)
+        local_keypoints, gaussian_scales = self.search_keypoints(pooled)
+        keypoints = reference_boxes[..., None, :2] + reference_boxes[..., None, 2:] / 2 * local_keypoints
+        position = sine_embedding(keypoints.detach(), self.dim, self.temperature).to(content.dtype)
+        heads = (self.num_heads, self.dim)
+        content_gate = self.content_gate(content).sigmoid().unflatten(-1, heads)
+        position_gate = self.position_gate(content).sigmoid().unflatten(-1, heads)
+        return AlignedQuery(
+            content=self.resample(pooled, local_keypoints) * content_gate,
+            position=position * position_gate,
+            keypoints=keypoints,
+            gaussian_scales=gaussian_scales,
+        )
+
+    def search_keypoints(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Find the representative keypoints.
+
+        Args:
+            pooled: (B, Q, P, P, C).
+
+        Returns:
+            keypoints (B, Q, M, 2) relative to the box, (x, y) in (-1, 1); and raw Gaussian scales (B, Q, M, 2) or None.
+        """
+        values = self.keypoint_head(self.reduction(pooled).relu().flatten(2)).float()
+        values = values.unflatten(-1, (-1, self.num_heads, 2))  # the keypoints of all heads, then their scales
+        return values[..., 0, :, :].tanh(), values[..., 1, :, :] if self.predict_scales else None
+
+    def resample(self, pooled: Tensor, keypoints: Tensor) -> Tensor:
+        """Sample the pooled features bilinearly, with zeros outside (``grid_sample``, corners not aligned).
+
+        Args:
+            pooled: (B, Q, P, P, C).
+            keypoints: (B, Q, M, 2), see :meth:`search_keypoints`.
+
+        Returns:
+            (B, Q, M, C).
+        """
+        pixels = ((keypoints + 1) * self.pooled_size - 1) / 2
+        columns, rows = linear_interpolation_weights(pixels, self.pooled_size).unbind(-2)  # (B, Q, M, P) each
+        weights = (rows[..., :, None] * columns[..., None, :]).flatten(-2).to(pooled.dtype)  # (B, Q, M, P P)
+        return weights @ pooled.flatten(2, 3)
+
+
+@SEMANTICS_ALIGNER_REGISTRY.register()
+class IdentityAligner(nn.Module):
+    """No alignment: every head gets the query as it is, at the centre of its box. A baseline.
+
+    With Gaussian scales, these come from a linear map of the content.
+    """
+
+    @configurable
+    def __init__(self, *, dim: int, num_heads: int, temperature: float, predict_scales: bool = False):
+        """See :class:`SemanticsAligner`."""
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.temperature = temperature
+        self.scales = nn.Linear(dim, 2 * num_heads) if predict_scales else None
+        xavier_uniform_matrices_(self)
+
+    @classmethod
+    def from_config(cls, cfg, *, predict_scales):
+        node = cfg.MODEL.SAMDETR
+        return {
+            "dim": node.HIDDEN_DIM,
+            "num_heads": node.NUM_HEADS,
+            "temperature": node.POSITION_TEMPERATURE,
+            "predict_scales": predict_scales,
+        }
+
+    def forward(self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel) -> AlignedQuery:
+        """See :data:`SEMANTICS_ALIGNER_REGISTRY`."""
+        centres = reference_boxes[..., :2]
+        position = sine_embedding(centres.detach(), self.dim, self.temperature).to(content.dtype)
+        scales = None
+        if self.scales is not None:
+            scales = self.scales(content).float().unflatten(-1, (self.num_heads, 2))
+
+        def for_each_head(x: Tensor) -> Tensor:
+            return x[:, :, None].expand(-1, -1, self.num_heads, -1)
+
+        return AlignedQuery(for_each_head(content), for_each_head(position), for_each_head(centres), scales)

@@ -1,0 +1,49 @@
+"""AdamW with a rate of its own for the backbone, and gradient clipping over the whole model (model.md section 7)."""
+
+import torch
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+
+__all__ = ["build_optimizer", "FullModelClippingAdamW"]
+
+
+class FullModelClippingAdamW(torch.optim.AdamW):
+    """AdamW that scales all gradients down together if their joint norm exceeds ``max_norm``."""
+
+    def __init__(self, *args, max_norm: float, norm_type: float = 2.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+
+    def step(self, closure=None):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
+        return super().step(closure)
+
+
+def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Build AdamW from ``cfg.SOLVER``.
+
+    Parameters below ``model.backbone`` learn at ``BASE_LR * BACKBONE_MULTIPLIER``, all others at ``BASE_LR``; frozen
+    ones are left out. Weight decay applies to everything, as published, unless ``WEIGHT_DECAY_NORM`` or
+    ``WEIGHT_DECAY_BIAS`` say otherwise.
+    """
+    parameters = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        lr_factor_func=lambda name: cfg.SOLVER.BACKBONE_MULTIPLIER if name.startswith("backbone.") else 1.0,
+    )
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.ENABLED and clip.FULL_MODEL:
+        if clip.CLIP_TYPE != "norm":
+            raise ValueError(
+                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}, but FULL_MODEL clips by norm: set CLIP_TYPE "
+                "'norm' or FULL_MODEL False."
+            )
+        return FullModelClippingAdamW(
+            parameters, lr=cfg.SOLVER.BASE_LR, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE
+        )
+    return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(parameters, lr=cfg.SOLVER.BASE_LR)
