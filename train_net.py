@@ -100,6 +100,8 @@ def setup(args):
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         logger.warning("MODEL.DEVICE is cuda, but there is no CUDA device here: using the CPU.")
+    # Attention's smallest probabilities are denormal numbers, which CPUs multiply many times slower than zeros.
+    torch.set_flush_denormal(True)
     cfg.freeze()
     check_config(cfg, training=not args.eval_only)
     resumable = os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))

@@ -1,13 +1,34 @@
-"""Backbones that detectron2 does not have: a small ResNet for small data.
+"""Backbones that detectron2 does not have: DC5 by torchvision's rule, and a small ResNet for small data.
 
-The COCO models use detectron2's own ``build_resnet_backbone``.
+The other COCO models use detectron2's own ``build_resnet_backbone``.
 """
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet, build_resnet_backbone
+from torch import nn
 
-__all__ = ["build_mini_resnet_backbone"]
+__all__ = ["build_resnet_dc5_backbone", "build_mini_resnet_backbone"]
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_dc5_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
+    """detectron2's ResNet with res5 at stride 16: its first block has dilation 1, the others 2 (torchvision's rule).
+
+    detectron2's own ``RES5_DILATION`` of 2 dilates the first block, too, and so fits other weights.
+
+    Raises:
+        ValueError: ``MODEL.RESNETS.RES5_DILATION`` is not 2.
+    """
+    if cfg.MODEL.RESNETS.RES5_DILATION != 2:
+        raise ValueError(
+            f"MODEL.RESNETS.RES5_DILATION is {cfg.MODEL.RESNETS.RES5_DILATION}: build_resnet_dc5_backbone needs 2."
+        )
+    resnet = build_resnet_backbone(cfg, input_shape)
+    for module in resnet.res5[0].modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.dilation = module.padding = (1, 1)
+    return resnet
 
 
 @BACKBONE_REGISTRY.register()

@@ -30,15 +30,25 @@ def add_samdetr_config(cfg: CN) -> None:
     node.PRIOR_PROB = 0.01
 
     node.ENCODER = CN()
-    # A name in ENCODER_REGISTRY.
+    # A name in ENCODER_REGISTRY: TransformerEncoder, or DeformableTransformerEncoder for several levels.
     node.ENCODER.NAME = "TransformerEncoder"
     node.ENCODER.NUM_LAYERS = 6
     # Hidden width of the feed-forward networks.
     node.ENCODER.FEEDFORWARD_DIM = 2048
+    # Deformable attention only: points that each head samples in each level.
+    node.ENCODER.NUM_POINTS = 4
 
     node.QUERY_GENERATOR = CN()
-    # A name in QUERY_GENERATOR_REGISTRY.
+    # A name in QUERY_GENERATOR_REGISTRY: LearnedQueryGenerator, or DenoisingQueryGenerator for DN (DN-DETR).
     node.QUERY_GENERATOR.NAME = "LearnedQueryGenerator"
+    # DN only. Groups of denoising queries, each with every box of the image; fewer if there are many boxes.
+    node.QUERY_GENERATOR.DN_GROUPS = 5
+    # DN only. Most denoising queries of an image, which bounds the memory.
+    node.QUERY_GENERATOR.DN_MAX_QUERIES = 500
+    # DN only. Centres move by up to this share of half the size, sizes change by up to this share.
+    node.QUERY_GENERATOR.DN_BOX_NOISE = 0.4
+    # DN only. Probability that a denoising query's label is drawn anew.
+    node.QUERY_GENERATOR.DN_LABEL_NOISE = 0.2
 
     node.DECODER = CN()
     # The layers are spread evenly over the levels, the coarsest first.

@@ -8,10 +8,11 @@ from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from .deformable_attention import MultiScaleDeformableAttention
 from .layers import FeedForward, xavier_uniform_matrices_
 from .structures import FeatureLevel
 
-__all__ = ["ENCODER_REGISTRY", "TransformerEncoder", "build_encoder"]
+__all__ = ["ENCODER_REGISTRY", "DeformableTransformerEncoder", "TransformerEncoder", "build_encoder"]
 
 ENCODER_REGISTRY = Registry("ENCODER")
 ENCODER_REGISTRY.__doc__ = """
@@ -109,4 +110,97 @@ class TransformerEncoder(nn.Module):
         mask = flatten_padding_masks(levels)
         for layer in self.layers:
             memory = layer(memory, position, mask)
+        return with_new_features(levels, memory)
+
+
+class DeformableTransformerEncoderLayer(nn.Module):
+    """Multi-scale deformable attention and feed-forward network, each followed by residual and LayerNorm."""
+
+    def __init__(self, *, dim: int, num_heads: int, feedforward_dim: int, num_levels: int, num_points: int):
+        super().__init__()
+        self.self_attention = MultiScaleDeformableAttention(
+            dim=dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.feedforward = FeedForward(dim, feedforward_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference_points: Tensor,
+        level_sizes: list[tuple[int, int]],
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        """Map (B, N, C) to (B, N, C); see :meth:`MultiScaleDeformableAttention.forward`."""
+        attended = self.self_attention(x + position, reference_points, x, level_sizes, padding_mask)
+        return self.feedforward(self.norm(x + attended))
+
+
+def encoder_reference_points(levels: list[FeatureLevel]) -> Tensor:
+    """Where each pixel looks in each level: its own place in the valid image, in units of the level's padded map.
+
+    Returns:
+        (B, N, V, 2) float32 for V levels.
+    """
+    places, ratios = [], []
+    for level in levels:
+        height, width = level.size
+        valid_size = level.valid_size[:, None, None]  # (B, 1, 1, 2)
+        y, x = torch.meshgrid(
+            torch.arange(height, dtype=torch.float32, device=valid_size.device) + 0.5,
+            torch.arange(width, dtype=torch.float32, device=valid_size.device) + 0.5,
+            indexing="ij",
+        )
+        places.append((torch.stack([x, y], dim=-1) / valid_size).flatten(1, 2))
+        ratios.append(level.valid_size / level.valid_size.new_tensor([width, height]))
+    return torch.cat(places, dim=1)[:, :, None] * torch.stack(ratios, dim=1)[:, None]
+
+
+@ENCODER_REGISTRY.register()
+class DeformableTransformerEncoder(nn.Module):
+    """Deformable DETR's encoder, over any number of levels."""
+
+    @configurable
+    def __init__(
+        self, *, dim: int, num_heads: int, feedforward_dim: int, num_layers: int, num_levels: int, num_points: int
+    ):
+        """
+        Args:
+            dim, num_heads, feedforward_dim, num_layers: see :class:`TransformerEncoder`.
+            num_levels: number of feature levels.
+            num_points: points of each head in each level.
+        """
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DeformableTransformerEncoderLayer(
+                dim=dim,
+                num_heads=num_heads,
+                feedforward_dim=feedforward_dim,
+                num_levels=num_levels,
+                num_points=num_points,
+            )
+            for _ in range(num_layers)
+        )
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.SAMDETR
+        return {
+            "dim": node.HIDDEN_DIM,
+            "num_heads": node.NUM_HEADS,
+            "feedforward_dim": node.ENCODER.FEEDFORWARD_DIM,
+            "num_layers": node.ENCODER.NUM_LAYERS,
+            "num_levels": len(node.IN_FEATURES),
+            "num_points": node.ENCODER.NUM_POINTS,
+        }
+
+    def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
+        """See :data:`ENCODER_REGISTRY`."""
+        memory = flatten_levels([level.features for level in levels])
+        position = flatten_levels([level.position for level in levels])
+        mask = flatten_padding_masks(levels)
+        reference_points = encoder_reference_points(levels)
+        for layer in self.layers:
+            memory = layer(memory, position, reference_points, [level.size for level in levels], mask)
         return with_new_features(levels, memory)

@@ -1,6 +1,6 @@
 """Where the decoder's queries come from.
 
-Shapes: B images, Q queries, C model width.
+Shapes: B images, Q queries, C model width; G groups of n slots make D = G * n denoising queries.
 """
 
 import torch
@@ -8,9 +8,15 @@ from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from .structures import ImageTarget, QueryBatch
+from .structures import DenoisingTargets, ImageTarget, QueryBatch
 
-__all__ = ["QUERY_GENERATOR_REGISTRY", "LearnedQueryGenerator", "build_query_generator"]
+__all__ = [
+    "QUERY_GENERATOR_REGISTRY",
+    "DenoisingQueryGenerator",
+    "LearnedQueryGenerator",
+    "build_query_generator",
+    "denoising_attention_mask",
+]
 
 QUERY_GENERATOR_REGISTRY = Registry("QUERY_GENERATOR")
 QUERY_GENERATOR_REGISTRY.__doc__ = """
@@ -50,3 +56,132 @@ class LearnedQueryGenerator(nn.Module):
         """See :data:`QUERY_GENERATOR_REGISTRY`."""
         content: Tensor = self.reference_logits.new_zeros(batch_size, len(self.reference_logits), self.dim)
         return QueryBatch(content, self.reference_logits.expand(batch_size, -1, -1))
+
+
+def denoising_attention_mask(num_matching: int, num_groups: int, valid: Tensor) -> Tensor:
+    """Who sees whom in self-attention, when denoising queries follow the matching queries.
+
+    Matching queries see each other only; a denoising query sees the matching queries and its own group; slots that only
+    pad are seen by none.
+
+    Args:
+        num_matching: number of matching queries.
+        num_groups: number of groups G.
+        valid: (B, D) bool, False at padding slots; the D slots are ordered by group.
+
+    Returns:
+        (B, 1, Q, Q) bool, True where query i (third dimension) sees query j (fourth), Q = num_matching + D.
+    """
+    batch, num_denoising = valid.shape
+    group = torch.full((num_matching + num_denoising,), -1, device=valid.device)  # -1: the matching queries
+    if num_denoising:
+        group[num_matching:] = torch.arange(num_denoising, device=valid.device) // (num_denoising // num_groups)
+    sees = (group[None, :] == -1) | (group[:, None] == group[None, :])
+    visible = torch.cat([valid.new_ones(batch, num_matching), valid], dim=1)
+    return (sees[None] & visible[:, None])[:, None]
+
+
+@QUERY_GENERATOR_REGISTRY.register()
+class DenoisingQueryGenerator(LearnedQueryGenerator):
+    """Learned queries and, in training, queries made of noisy ground truth (DN-DETR, https://arxiv.org/abs/2203.01305).
+
+    Contents are label embeddings with an indicator as last channel: 1 for denoising queries, 0 for matching queries,
+    which carry the embedding of an unknown label, in evaluation too.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_queries: int,
+        dim: int,
+        num_classes: int,
+        num_groups: int,
+        max_denoising_queries: int,
+        box_noise: float,
+        label_noise: float,
+    ):
+        """
+        Args:
+            num_queries, dim: see :class:`LearnedQueryGenerator`.
+            num_classes: number of classes K.
+            num_groups: most groups; fewer if an image has many boxes.
+            max_denoising_queries: most denoising queries of an image.
+            box_noise: centres move by up to this share of half the size, sizes change by up to this share.
+            label_noise: probability that a label is drawn anew, uniformly.
+        """
+        super().__init__(num_queries=num_queries, dim=dim)
+        self.num_classes = num_classes
+        self.num_groups = num_groups
+        self.max_denoising_queries = max_denoising_queries
+        self.box_noise = box_noise
+        self.label_noise = label_noise
+        self.label_embedding = nn.Embedding(num_classes + 1, dim - 1)  # the last row: unknown
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.SAMDETR
+        return {
+            **super().from_config(cfg),
+            "num_classes": node.NUM_CLASSES,
+            "num_groups": node.QUERY_GENERATOR.DN_GROUPS,
+            "max_denoising_queries": node.QUERY_GENERATOR.DN_MAX_QUERIES,
+            "box_noise": node.QUERY_GENERATOR.DN_BOX_NOISE,
+            "label_noise": node.QUERY_GENERATOR.DN_LABEL_NOISE,
+        }
+
+    def forward(self, batch_size: int, targets: list[ImageTarget] | None = None) -> QueryBatch:
+        """See :data:`QUERY_GENERATOR_REGISTRY`."""
+        num_matching = len(self.reference_logits)
+        unknown = self.label_embedding.weight[-1:].expand(num_matching, -1)
+        content = nn.functional.pad(unknown, (0, 1)).expand(batch_size, -1, -1)
+        queries = QueryBatch(content, self.reference_logits.expand(batch_size, -1, -1))
+        if targets is None:
+            return queries
+        clean, num_groups = self.repeat_targets(targets)
+        labels, boxes = self.add_noise(clean)
+        noisy_content = nn.functional.pad(self.label_embedding(labels), (0, 1), value=1.0)
+        return QueryBatch(
+            content=torch.cat([content, noisy_content], dim=1),
+            reference_logits=torch.cat([queries.reference_logits, boxes.clamp(1e-3, 1 - 1e-3).logit()], dim=1),
+            attention_mask=denoising_attention_mask(num_matching, num_groups, clean.valid),
+            denoising=clean,
+        )
+
+    @torch.no_grad()
+    def repeat_targets(self, targets: list[ImageTarget]) -> tuple[DenoisingTargets, int]:
+        """Lay the boxes of all images out in slots, once for each group.
+
+        Returns:
+            The targets (D = groups * slots, ordered by group), and the number of groups.
+        """
+        most = self.max_denoising_queries
+        slots = min(max(len(target) for target in targets), most)
+        num_groups = min(self.num_groups, max(1, most // max(slots, 1)))
+        device = targets[0].boxes.device
+        labels = torch.zeros(len(targets), slots, dtype=torch.long, device=device)
+        boxes = torch.full((len(targets), slots, 4), 0.5, device=device)
+        counts = [min(len(target), slots) for target in targets]
+        for i, (target, count) in enumerate(zip(targets, counts)):
+            chosen = slice(None)
+            if len(target) > slots:
+                chosen = torch.randperm(len(target), device=device)[:slots]
+            labels[i, :count] = target.labels[chosen]
+            boxes[i, :count] = target.boxes[chosen]
+        valid = torch.arange(slots, device=device) < torch.tensor(counts, device=device)[:, None]
+        return DenoisingTargets(
+            labels=labels.repeat(1, num_groups),
+            boxes=boxes.repeat(1, num_groups, 1),
+            valid=valid.repeat(1, num_groups),
+            num_valid=num_groups * sum(counts),
+        ), num_groups
+
+    @torch.no_grad()
+    def add_noise(self, targets: DenoisingTargets) -> tuple[Tensor, Tensor]:
+        """Noisy labels (B, D) and boxes (B, D, 4), (cx, cy, w, h) in [0, 1]; ``targets`` are left as they are."""
+        size = targets.boxes[..., 2:]
+        noise = self.box_noise * (2 * torch.rand_like(targets.boxes) - 1)
+        boxes = targets.boxes + noise * torch.cat([size / 2, size], dim=-1)
+        redraw = torch.rand_like(targets.boxes[..., 0]) < self.label_noise
+        labels = torch.where(redraw, torch.randint_like(targets.labels, self.num_classes), targets.labels)
+        return labels, boxes.clamp(0, 1)
