@@ -1,22 +1,23 @@
 #!/usr/bin/env python
 """Train and evaluate SAM-DETR++ with detectron2.
 
-    ./train_net.py --config-file configs/sam_detr_smca_R_50_1x.yaml --num-gpus 8
-    ./train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS CHECKPOINT
-    ./train_net.py --config-file CONFIG --resume
+./train_net.py --config-file configs/sam_detr_smca_R_50_1x.yaml --num-gpus 8
+./train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS CHECKPOINT
+./train_net.py --config-file CONFIG --resume
 """
 
 import logging
 import os
 import sys
 
-import samdetr
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, hooks, launch
 from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.utils import comm
+
+import samdetr
 from samdetr.checks import UserError, check_config, check_loaded, merge_options
 from samdetr.data import build_test_loader, build_train_loader
 from samdetr.solver import build_optimizer

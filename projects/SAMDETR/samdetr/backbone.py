@@ -8,7 +8,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet, build_resnet_backbone
 from torch import nn
 
-__all__ = ["build_resnet_dc5_backbone", "build_mini_resnet_backbone"]
+__all__ = ["build_mini_resnet_backbone", "build_resnet_dc5_backbone"]
 
 
 @BACKBONE_REGISTRY.register()

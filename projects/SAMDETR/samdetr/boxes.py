@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-__all__ = ["cxcywh_to_xyxy", "xyxy_to_cxcywh", "generalized_iou"]
+__all__ = ["cxcywh_to_xyxy", "generalized_iou", "xyxy_to_cxcywh"]
 
 _SMALLEST_AREA = 1e-12  # keeps the quotients of degenerate boxes finite without changing those of any real box
 

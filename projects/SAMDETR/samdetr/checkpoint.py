@@ -11,75 +11,72 @@ from torch import Tensor
 
 __all__ = ["convert_published_state_dict"]
 
-# Published name -> this project's, first match wins; a replacement of None leaves the parameter out.
-_RULES: list[tuple[str, str | None]] = [
-    # The backbone: torchvision's names to detectron2's.
-    (r"backbone\.0\.body\.conv1\.weight", r"backbone.stem.conv1.weight"),
-    (r"backbone\.0\.body\.bn1\.(\w+)", r"backbone.stem.conv1.norm.\1"),
-    (r"backbone\.0\.body\.layer(\d)\.(\d+)\.conv(\d)\.weight", r"backbone.res{layer}.\2.conv\3.weight"),
-    (r"backbone\.0\.body\.layer(\d)\.(\d+)\.bn(\d)\.(\w+)", r"backbone.res{layer}.\2.conv\3.norm.\4"),
-    (r"backbone\.0\.body\.layer(\d)\.(\d+)\.downsample\.0\.weight", r"backbone.res{layer}.\2.shortcut.weight"),
-    (r"backbone\.0\.body\.layer(\d)\.(\d+)\.downsample\.1\.(\w+)", r"backbone.res{layer}.\2.shortcut.norm.\3"),
-    # Input projections and queries.
-    (r"input_proj\.(\d+)\.0\.(\w+)", r"feature_projection.projections.\1.\2"),
-    (r"input_proj\.(\d+)\.1\.(\w+)", r"feature_projection.norms.\1.\2"),
-    (r"transformer\.level_embed", r"feature_projection.level_embedding"),
-    (r"query_embed\.weight", r"query_generator.reference_logits"),
-    # The encoders: multi-head attention, or deformable attention.
-    (
-        r"transformer\.encoder\.layers\.(\d+)\.self_attn\.((?:in_proj_|out_proj\.|sampling_offsets\.|attention_weights\.)\w+)",
-        r"encoder.layers.\1.self_attention.\2",
-    ),
-    (r"transformer\.encoder\.layers\.(\d+)\.self_attn\.value_proj\.(\w+)", r"encoder.layers.\1.self_attention.value.\2"),
-    (
-        r"transformer\.encoder\.layers\.(\d+)\.self_attn\.output_proj\.(\w+)",
-        r"encoder.layers.\1.self_attention.output.\2",
-    ),
-    (r"transformer\.encoder\.layers\.(\d+)\.norm1\.(\w+)", r"encoder.layers.\1.norm.\2"),
-    (r"transformer\.encoder\.layers\.(\d+)\.norm2\.(\w+)", r"encoder.layers.\1.feedforward.norm.\2"),
-    (r"transformer\.(en|de)coder\.layers\.(\d+)\.linear1\.(\w+)", r"\1coder.layers.\2.feedforward.mlp.layers.0.\3"),
-    (r"transformer\.(en|de)coder\.layers\.(\d+)\.linear2\.(\w+)", r"\1coder.layers.\2.feedforward.mlp.layers.1.\3"),
-    # The decoder's self-attention.
-    (r"transformer\.decoder\.layers\.(\d+)\.sa_qcontent_proj\.(\w+)", r"decoder.layers.\1.self_attention.query_content.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.sa_qpos_proj\.(\w+)", r"decoder.layers.\1.self_attention.query_position.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.sa_kcontent_proj\.(\w+)", r"decoder.layers.\1.self_attention.key_content.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.sa_kpos_proj\.(\w+)", r"decoder.layers.\1.self_attention.key_position.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.sa_v_proj\.(\w+)", r"decoder.layers.\1.self_attention.value.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)", r"decoder.layers.\1.self_attention.output.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.norm1\.(\w+)", r"decoder.layers.\1.self_attention_norm.\2"),
-    # The Semantics Aligner.
-    (r"transformer\.decoder\.layers\.(\d+)\.point1\.0\.(\w+)", r"decoder.layers.\1.aligner.reduction.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.point2\.0\.(\w+)", r"decoder.layers.\1.aligner.keypoint_head.layers.0.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.point2\.2\.(\w+)", r"decoder.layers.\1.aligner.keypoint_head.layers.1.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.point2\.4\.(\w+)", r"decoder.layers.\1.aligner.keypoint_head.layers.2.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.point2\.6\.(\w+)", r"decoder.layers.\1.aligner.keypoint_head.layers.3.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.attn1\.(\w+)", r"decoder.layers.\1.aligner.content_gate.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.attn2\.(\w+)", r"decoder.layers.\1.aligner.position_gate.\2"),
-    # The decoder's cross-attention.
-    (r"transformer\.decoder\.layers\.(\d+)\.ca_qcontent_proj\.(\w+)", r"decoder.layers.\1.cross_attention.query_content.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.ca_qpos_sine_proj\.(.+)", r"decoder.layers.\1.cross_attention.query_position.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.ca_kcontent_proj\.(\w+)", r"decoder.layers.\1.cross_attention.key_content.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.ca_kpos_sine_proj\.(.+)", r"decoder.layers.\1.cross_attention.key_position.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.ca_v_proj\.(\w+)", r"decoder.layers.\1.cross_attention.value.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.cross_attn\.out_proj\.(\w+)", r"decoder.layers.\1.cross_attention.output.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.norm2\.(\w+)", r"decoder.layers.\1.cross_attention_norm.\2"),
-    (r"transformer\.decoder\.layers\.(\d+)\.norm3\.(\w+)", r"decoder.layers.\1.feedforward.norm.\2"),
-    # Heads. The published decoder holds the box heads a second time.
-    (r"transformer\.decoder\.bbox_embed\..+", None),
-    (r"class_embed\.(\d+)\.(\w+)", r"decoder.class_heads.\1.\2"),
-    (r"bbox_embed\.(\d+)\.(layers\..+)", r"decoder.box_heads.\1.\2"),
-]
+# Published parts of a layer, and this project's.
+_ENCODER_LAYER = {
+    "self_attn.value_proj": "self_attention.value",
+    "self_attn.output_proj": "self_attention.output",
+    "self_attn": "self_attention",  # what else it has is named alike
+    "norm1": "norm",
+    "linear1": "feedforward.mlp.layers.0",
+    "linear2": "feedforward.mlp.layers.1",
+    "norm2": "feedforward.norm",
+}
+_DECODER_LAYER = {
+    "sa_qcontent_proj": "self_attention.query_content",
+    "sa_qpos_proj": "self_attention.query_position",
+    "sa_kcontent_proj": "self_attention.key_content",
+    "sa_kpos_proj": "self_attention.key_position",
+    "sa_v_proj": "self_attention.value",
+    "self_attn.out_proj": "self_attention.output",
+    "norm1": "self_attention_norm",
+    "point1.0": "aligner.reduction",
+    "point2.0": "aligner.keypoint_head.layers.0",
+    "point2.2": "aligner.keypoint_head.layers.1",
+    "point2.4": "aligner.keypoint_head.layers.2",
+    "point2.6": "aligner.keypoint_head.layers.3",
+    "attn1": "aligner.content_gate",
+    "attn2": "aligner.position_gate",
+    "ca_qcontent_proj": "cross_attention.query_content",
+    "ca_qpos_sine_proj": "cross_attention.query_position",
+    "ca_kcontent_proj": "cross_attention.key_content",
+    "ca_kpos_sine_proj": "cross_attention.key_position",
+    "ca_v_proj": "cross_attention.value",
+    "cross_attn.out_proj": "cross_attention.output",
+    "norm2": "cross_attention_norm",
+    "linear1": "feedforward.mlp.layers.0",
+    "linear2": "feedforward.mlp.layers.1",
+    "norm3": "feedforward.norm",
+}
+# Everything outside the layers, as regular expressions.
+_OTHERS = {
+    r"backbone\.0\.body\.conv1\.(\w+)": r"backbone.stem.conv1.\1",
+    r"backbone\.0\.body\.bn1\.(\w+)": r"backbone.stem.conv1.norm.\1",
+    r"input_proj\.(\d+)\.0\.(\w+)": r"feature_projection.projections.\1.\2",
+    r"input_proj\.(\d+)\.1\.(\w+)": r"feature_projection.norms.\1.\2",
+    r"transformer\.level_embed": r"feature_projection.level_embedding",
+    r"query_embed\.weight": r"query_generator.reference_logits",
+    r"class_embed\.(\d+)\.(\w+)": r"decoder.class_heads.\1.\2",
+    r"bbox_embed\.(\d+)\.(layers\..+)": r"decoder.box_heads.\1.\2",
+}
 
 
 def _rename(name: str) -> str | None:
-    for pattern, replacement in _RULES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            if replacement is None:
-                return None
-            new = match.expand(replacement.replace("{layer}", "LAYER"))
-            return new.replace("LAYER", str(int(match.group(1)) + 1)) if "LAYER" in new else new
-    raise KeyError(name)
+    """This project's name of a published parameter, or None if there is none."""
+    if match := re.fullmatch(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.(.+)", name):
+        part, layer, rest = match.groups()
+        for old, new in (_ENCODER_LAYER if part == "encoder" else _DECODER_LAYER).items():
+            if rest.startswith(f"{old}."):
+                return f"{part}.layers.{layer}.{new}{rest.removeprefix(old)}"
+        return None
+    if match := re.fullmatch(r"backbone\.0\.body\.layer(\d)\.(\d+)\.(.+)", name):
+        stage, block, rest = match.groups()
+        rest = re.sub(r"^bn(\d)", r"conv\1.norm", rest)
+        rest = rest.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        return f"backbone.res{int(stage) + 1}.{block}.{rest}"
+    for pattern, replacement in _OTHERS.items():
+        if match := re.fullmatch(pattern, name):
+            return match.expand(replacement)
+    return None
 
 
 def convert_published_state_dict(state_dict: dict[str, Tensor], num_classes: int = 80) -> dict[str, Tensor]:
@@ -99,12 +96,11 @@ def convert_published_state_dict(state_dict: dict[str, Tensor], num_classes: int
     converted: dict[str, Tensor] = {}
     unknown = []
     for name, value in state_dict.items():
-        try:
-            new_name = _rename(name)
-        except KeyError:
-            unknown.append(name)
-            continue
+        if name.startswith("transformer.decoder.bbox_embed."):
+            continue  # the published decoder holds the box heads a second time
+        new_name = _rename(name)
         if new_name is None:
+            unknown.append(name)
             continue
         value = torch.as_tensor(value)
         if value.dim() == 4 and not new_name.startswith("backbone."):

@@ -17,7 +17,7 @@ from .encoder import ENCODER_REGISTRY
 from .query_generator import QUERY_GENERATOR_REGISTRY
 from .semantics_aligner import SEMANTICS_ALIGNER_REGISTRY
 
-__all__ = ["UserError", "check_config", "check_weights_file", "check_loaded", "merge_options"]
+__all__ = ["UserError", "check_config", "check_loaded", "check_weights_file", "merge_options"]
 
 
 class UserError(Exception):
@@ -92,7 +92,9 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
 def _check_name(key: str, name: str, registry) -> None:
     names = sorted(name for name, _ in registry)
     if name not in names:
-        raise UserError(f"{key} is {name!r}, which is not registered; there are: {', '.join(names)}.{_suggest(name, names)}")
+        raise UserError(
+            f"{key} is {name!r}, which is not registered; there are: {', '.join(names)}.{_suggest(name, names)}"
+        )
 
 
 def _check_model(node: CfgNode) -> None:

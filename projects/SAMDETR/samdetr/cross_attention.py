@@ -49,9 +49,7 @@ class CrossAttention(nn.Module):
         """
         super().__init__()
         if dim % num_heads:
-            raise ValueError(
-                f"MODEL.SAMDETR.NUM_HEADS ({num_heads}) does not divide MODEL.SAMDETR.HIDDEN_DIM ({dim})."
-            )
+            raise ValueError(f"MODEL.SAMDETR.NUM_HEADS ({num_heads}) does not divide MODEL.SAMDETR.HIDDEN_DIM ({dim}).")
         self.dim = dim
         self.num_heads = num_heads
         self.query_content = nn.Linear(dim, dim)

@@ -1,5 +1,7 @@
 """Small building blocks shared by the encoder, the decoder and the heads."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 __all__ = ["MLP", "FeedForward", "xavier_uniform_matrices_"]
@@ -21,7 +23,7 @@ class MLP(nn.Module):
 
     def __init__(self, widths: list[int]):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., widths[0]) to (..., widths[-1])."""

@@ -1,5 +1,7 @@
 """SAMDETR, the meta-architecture: images in, losses or detections out."""
 
+from itertools import pairwise
+
 import torch
 from detectron2.config import configurable
 from detectron2.layers import move_device_like
@@ -80,7 +82,7 @@ class SAMDETR(nn.Module):
                 "(MODEL.RESNETS.OUT_FEATURES for a ResNet)."
             )
         features = [shapes[name] for name in node.IN_FEATURES]
-        if any(fine.stride >= coarse.stride for fine, coarse in zip(features, features[1:])):
+        if any(fine.stride >= coarse.stride for fine, coarse in pairwise(features)):
             raise ValueError(
                 f"MODEL.SAMDETR.IN_FEATURES {list(node.IN_FEATURES)} have strides {[f.stride for f in features]}: "
                 "name them from the finest to the coarsest."

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["sine_embedding", "pixel_position_encoding"]
+__all__ = ["pixel_position_encoding", "sine_embedding"]
 
 
 def _sine_embedding_1d(coordinate: Tensor, dim: int, temperature: float) -> Tensor:

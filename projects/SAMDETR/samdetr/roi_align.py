@@ -13,7 +13,7 @@ lets each image of a batch end where its padding starts. ``torchvision.ops.roi_a
 import torch
 from torch import Tensor
 
-__all__ = ["roi_align", "linear_interpolation_weights"]
+__all__ = ["linear_interpolation_weights", "roi_align"]
 
 
 def linear_interpolation_weights(coordinates: Tensor, length: int) -> Tensor:
@@ -57,12 +57,13 @@ def _bin_weights(start: Tensor, extent: Tensor, valid_length: Tensor, length: in
     end = valid_length[..., None, None]
     used = (sample < samples[..., None, None]) & (position >= -1) & (position <= end)
     position = torch.minimum(position.clamp(min=0), end - 1)
-    low = position.floor()
+    low = position.floor().nan_to_num()  # a box that is NaN stays so in the weights, but not as an index
     high = torch.minimum(low + 1, end - 1)
     share = used / samples[..., None, None]
+    upper = position - low
     weights = position.new_zeros(*start.shape, bins, length)
-    weights.scatter_add_(-1, low.long(), (1 - (position - low)) * share)
-    weights.scatter_add_(-1, high.long(), (position - low) * share)
+    weights.scatter_add_(-1, low.long(), (1 - upper) * share)
+    weights.scatter_add_(-1, high.long(), upper * share)
     return weights
 
 

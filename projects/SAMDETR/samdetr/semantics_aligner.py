@@ -16,7 +16,7 @@ from .position_encoding import sine_embedding
 from .roi_align import linear_interpolation_weights, roi_align
 from .structures import AlignedQuery, FeatureLevel
 
-__all__ = ["SEMANTICS_ALIGNER_REGISTRY", "SemanticsAligner", "IdentityAligner", "build_semantics_aligner"]
+__all__ = ["SEMANTICS_ALIGNER_REGISTRY", "IdentityAligner", "SemanticsAligner", "build_semantics_aligner"]
 
 SEMANTICS_ALIGNER_REGISTRY = Registry("SEMANTICS_ALIGNER")
 SEMANTICS_ALIGNER_REGISTRY.__doc__ = """

@@ -3,7 +3,7 @@
 import torch
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 
-__all__ = ["build_optimizer", "FullModelClippingAdamW"]
+__all__ = ["FullModelClippingAdamW", "build_optimizer"]
 
 
 class FullModelClippingAdamW(torch.optim.AdamW):

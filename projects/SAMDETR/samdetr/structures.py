@@ -8,11 +8,10 @@ Points and sizes are always in the order (x, y) and (w, h); image sizes follow d
 """
 
 from dataclasses import dataclass
-from typing import Optional
 
 from torch import Tensor
 
-__all__ = ["FeatureLevel", "QueryBatch", "AlignedQuery", "ImageTarget", "DenoisingTargets"]
+__all__ = ["AlignedQuery", "DenoisingTargets", "FeatureLevel", "ImageTarget", "QueryBatch"]
 
 
 @dataclass
@@ -29,7 +28,7 @@ class FeatureLevel:
     features: Tensor
     position: Tensor
     valid_size: Tensor
-    padding_mask: Optional[Tensor] = None
+    padding_mask: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -84,8 +83,8 @@ class QueryBatch:
 
     content: Tensor
     reference_logits: Tensor
-    attention_mask: Optional[Tensor] = None
-    denoising: Optional[DenoisingTargets] = None
+    attention_mask: Tensor | None = None
+    denoising: DenoisingTargets | None = None
 
 
 @dataclass
@@ -102,4 +101,4 @@ class AlignedQuery:
     content: Tensor
     position: Tensor
     keypoints: Tensor
-    gaussian_scales: Optional[Tensor] = None
+    gaussian_scales: Tensor | None = None

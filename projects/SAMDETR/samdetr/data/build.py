@@ -10,16 +10,14 @@ from detectron2.structures import BoxMode
 
 from .dataset_mapper import DetrDatasetMapper
 
-__all__ = ["build_train_loader", "build_test_loader", "clean_annotations"]
+__all__ = ["build_test_loader", "build_train_loader", "clean_annotations"]
 
 logger = logging.getLogger(__name__)
 
 
 def build_train_loader(cfg):
     """detectron2's endless training loader over ``cfg.DATASETS.TRAIN``."""
-    dataset = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
+    dataset = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     return build_detection_train_loader(
         cfg, dataset=clean_annotations(dataset), mapper=DetrDatasetMapper(cfg, is_train=True)
     )

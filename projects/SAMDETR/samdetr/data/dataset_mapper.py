@@ -6,6 +6,15 @@ from detectron2.data import transforms as T
 __all__ = ["DetrDatasetMapper", "build_train_augmentation"]
 
 
+class RandomApply(T.RandomApply):
+    """detectron2's, which also says in the log what it applies."""
+
+    def __repr__(self):
+        return f"RandomApply({self.aug}, prob={self.prob})"
+
+    __str__ = __repr__
+
+
 def build_train_augmentation(cfg) -> list[T.Augmentation]:
     """Flip; with probability ``INPUT.DETR_CROP.PROB`` resize and crop; resize (design: DETR's).
 
@@ -24,7 +33,7 @@ def build_train_augmentation(cfg) -> list[T.Augmentation]:
                 T.RandomCrop("absolute_range", list(crop.SIZE)),
             ]
         )
-        augmentation.append(T.RandomApply(resize_and_crop, prob=crop.PROB))
+        augmentation.append(RandomApply(resize_and_crop, prob=crop.PROB))
     augmentation.append(
         T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
     )

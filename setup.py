@@ -1,0 +1,58 @@
+"""Package metadata.
+
+detectron2 is on no package index. Its build needs torch already installed, and so pip must build without isolation:
+
+    pip install "setuptools<82" wheel ninja torch torchvision
+    pip install --no-build-isolation -e ".[test,demo]"
+
+A detectron2 that is already installed is used as it is. ``DETECTRON2=<path or requirement>`` in the environment takes
+detectron2 from there instead of from its repository.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DETECTRON2_COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"
+DETECTRON2_REPOSITORY = "https://github.com/facebookresearch/detectron2"
+
+
+def detectron2_requirement() -> list[str]:
+    """The requirement that brings detectron2, if it is not there."""
+    if find_spec("detectron2") is not None:
+        return []
+    given = os.environ.get("DETECTRON2", "").strip()
+    if not given:
+        return [f"detectron2 @ git+{DETECTRON2_REPOSITORY}@{DETECTRON2_COMMIT}"]
+    path = Path(given).expanduser()
+    if path.exists():
+        return [f"detectron2 @ {path.resolve().as_uri()}"]
+    return [given if given.startswith("detectron2") else f"detectron2 @ {given}"]
+
+
+DEMO = ["scikit-learn", "opencv-python-headless"]  # the embedded dataset; detectron2's Visualizer
+
+setup(
+    name="samdetr",
+    version="0.1.0",
+    description="SAM-DETR++ as a detectron2 project",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"": "projects/SAMDETR"},
+    packages=find_packages("projects/SAMDETR"),
+    install_requires=[
+        "torch>=2.4",
+        "torchvision",
+        *detectron2_requirement(),
+        "fvcore",
+        "iopath",
+        "numpy",
+        "Pillow",
+        "pycocotools",
+        "scipy",
+        "setuptools<82",  # detectron2.model_zoo imports pkg_resources, which newer ones no longer have
+    ],
+    extras_require={"demo": DEMO, "test": [*DEMO, "hypothesis", "pytest", "ruff"]},
+)

@@ -1,0 +1,114 @@
+"""samdetr.checks: every mistake gets an error that names it and says what to do."""
+
+import pytest
+import torch
+from conftest import ROOT, tiny_config, tiny_model
+from detectron2.config import get_cfg
+
+import samdetr
+from samdetr.checks import UserError, check_config, check_loaded, check_weights_file, merge_options
+
+
+def new_config():
+    cfg = get_cfg()
+    samdetr.add_samdetr_config(cfg)
+    return cfg
+
+
+DIGITS = str(ROOT / "configs" / "sam_detr_digits.yaml")
+
+
+@pytest.mark.parametrize(
+    ("config_file", "options", "message"),
+    [
+        ("nowhere.yaml", [], r"--config-file nowhere\.yaml: there is no such file"),
+        (
+            DIGITS,
+            ["MODEL.SAMDETR.NUM_QUERY", "5"],
+            r"no config key MODEL\.SAMDETR\.NUM_QUERY.*'MODEL\.SAMDETR\.NUM_QUERIES'",
+        ),
+        (DIGITS, ["MODEL.SAMDETR.NUM_QUERIES"], "pairs KEY VALUE"),
+        (DIGITS, ["MODEL.SAMDETR.NUM_QUERIES", "many"], r"NUM_QUERIES"),
+    ],
+)
+def test_config_files_and_options(config_file, options, message):
+    with pytest.raises(UserError, match=message):
+        merge_options(new_config(), config_file, options)
+
+
+def test_a_key_that_does_not_exist_in_a_file(tmp_path):
+    path = tmp_path / "typo.yaml"
+    path.write_text(f'_BASE_: "{DIGITS}"\nMODEL:\n  SAMDETR:\n    ALIGNER:\n      POOL_SIZE: 3\n')
+    with pytest.raises(
+        UserError, match=r"typo\.yaml: there is no config key MODEL\.SAMDETR\.ALIGNER\.POOL_SIZE.*POOLED_SIZE"
+    ):
+        merge_options(new_config(), str(path), [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["MODEL.META_ARCHITECTURE", "SAMDTR"], r"META_ARCHITECTURE is 'SAMDTR'.*RetinaNet.*mean 'SAMDETR'"),
+        (["MODEL.BACKBONE.NAME", "resnet"], r"BACKBONE\.NAME is 'resnet'.*build_resnet_dc5_backbone"),
+        (
+            ["MODEL.SAMDETR.CROSS_ATTENTION.NAME", "SMCA"],
+            r"CROSS_ATTENTION\.NAME is 'SMCA', which is not registered; there are: CrossAttention, SMCACrossAttention",
+        ),
+        (["MODEL.SAMDETR.ALIGNER.NAME", "X"], r"ALIGNER\.NAME is 'X'.*IdentityAligner, SemanticsAligner"),
+        (["MODEL.SAMDETR.ENCODER.NAME", "X"], r"ENCODER\.NAME is 'X'.*DeformableTransformerEncoder"),
+        (["MODEL.SAMDETR.QUERY_GENERATOR.NAME", "X"], r"QUERY_GENERATOR\.NAME is 'X'.*DenoisingQueryGenerator"),
+        (["MODEL.SAMDETR.NUM_HEADS", 5], r"HIDDEN_DIM \(32\) is not divisible by MODEL\.SAMDETR\.NUM_HEADS \(5\)"),
+        (["MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 7], r"HIDDEN_DIM \(32\) is not divisible by .*NUM_GROUPS \(7\)"),
+        (["MODEL.SAMDETR.NUM_QUERIES", 0], r"NUM_QUERIES is 0: it must be at least 1"),
+        (
+            ["MODEL.SAMDETR.NUM_CLASSES", 80],
+            r"NUM_CLASSES is 80, but 'digits_train'.*10 classes.*set MODEL\.SAMDETR\.NUM_CLASSES 10",
+        ),
+        (["DATASETS.TRAIN", ("digit_train",)], r"DATASETS\.TRAIN names 'digit_train'.*mean 'digits_train'"),
+        (["DATASETS.TRAIN", ()], r"DATASETS\.TRAIN is empty"),
+        (
+            ["DATASETS.TRAIN", ("coco_2017_train",)],
+            r"coco_2017_train.*instances_train2017\.json does not exist.*DETECTRON2_DATASETS, now",
+        ),
+        (["MODEL.WEIGHTS", "missing.pth"], r"MODEL\.WEIGHTS missing\.pth: there is no such file"),
+    ],
+)
+def test_configs(options, message):
+    with pytest.raises(UserError, match=message):
+        check_config(tiny_config(*options), training=True)
+
+
+def test_a_good_config_passes():
+    check_config(tiny_config(), training=True)
+    check_config(tiny_config("DATASETS.TRAIN", ("no such dataset",)), training=False)
+
+
+def test_damaged_checkpoints(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": tiny_model().state_dict()}, path)
+    check_weights_file(str(path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"model\.pth is truncated, damaged or not a checkpoint"):
+        check_weights_file(str(path))
+    path.write_text("this is not a checkpoint")
+    with pytest.raises(UserError, match=r"model\.pth is"):
+        check_weights_file(str(path))
+
+
+def test_checkpoints_with_other_objects_say_how_to_go_on(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": {}, "args": UserError("an object")}, path)
+    with pytest.raises(UserError, match=r"holds Python objects.*weights_only=False.*\"model\" entry"):
+        check_weights_file(str(path))
+
+
+def test_checkpoints_of_another_architecture():
+    model = tiny_model()
+    other = tiny_model("MODEL.SAMDETR.HIDDEN_DIM", 16).state_dict()
+    with pytest.raises(UserError, match=r"w\.pth is of another architecture.*of shape .* has shape"):
+        check_loaded("w.pth", model, other, complete=True)
+    with pytest.raises(UserError, match=r"w\.pth has no parameter that fits.*'foo'"):
+        check_loaded("w.pth", model, {"foo": torch.zeros(1)}, complete=False)
+    check_loaded("w.pth", model, model.state_dict(), complete=True)
+    check_loaded("w.pth", model, model.backbone.state_dict(prefix="backbone."), complete=False)

@@ -1,0 +1,117 @@
+"""samdetr.criterion against a plain loop over layers, images and queries."""
+
+import math
+
+import pytest
+import torch
+from test_matcher import make_matcher, make_problem
+from torchvision.ops import generalized_box_iou
+
+from samdetr.boxes import cxcywh_to_xyxy
+from samdetr.criterion import SetCriterion
+from samdetr.structures import DenoisingTargets
+
+
+def make_criterion():
+    return SetCriterion(
+        matcher=make_matcher(), class_weight=2.0, l1_weight=5.0, giou_weight=2.0, focal_alpha=0.25, focal_gamma=2.0
+    )
+
+
+def plain_focal(logit, positive):
+    p = 1 / (1 + math.exp(-logit))
+    return 0.25 * (1 - p) ** 2 * -math.log(p) if positive else 0.75 * p**2 * -math.log(1 - p)
+
+
+def plain_losses(logits, boxes, pairs):
+    """Losses of (Q, K) logits and (Q, 4) boxes; ``pairs`` maps a query to its (label, box)."""
+    focal = l1 = giou = 0.0
+    for query in range(len(logits)):
+        label, box = pairs.get(query, (None, None))
+        for k in range(logits.shape[1]):
+            focal += plain_focal(logits[query, k].item(), label == k)
+        if box is not None:
+            l1 += (boxes[query] - box).abs().sum()
+            giou += 1 - generalized_box_iou(cxcywh_to_xyxy(boxes[query][None]), cxcywh_to_xyxy(box[None]))[0, 0]
+    return torch.tensor([2 * focal, 5 * l1, 2 * giou])
+
+
+def test_matching_losses_equal_the_loop():
+    logits, boxes, targets = make_problem((3, 0, 5), layers=3)
+    losses = make_criterion()(logits, boxes, targets, denoising=None)
+    matches = make_matcher()(logits, boxes, targets)
+    labels = torch.cat([target.labels for target in targets]).tolist()
+    target_boxes = torch.cat([target.boxes for target in targets])
+    for layer, suffix in enumerate(("_0", "_1", "")):
+        expected = torch.zeros(3)
+        for image in range(3):
+            of_image = matches.image == image
+            pairs = {
+                q: (labels[t], target_boxes[t])
+                for q, t in zip(matches.query[layer, of_image].tolist(), matches.target[layer, of_image].tolist())
+            }
+            expected += plain_losses(logits[layer, image], boxes[layer, image], pairs)
+        found = torch.stack([losses[f"loss_{name}{suffix}"] for name in ("class", "l1", "giou")])
+        assert torch.allclose(found, expected / 8, rtol=1e-4)
+    assert len(losses) == 9
+
+
+def test_denoising_losses_equal_the_loop():
+    logits, boxes, targets = make_problem((2, 1), layers=2, queries=4 + 6)
+    valid = torch.tensor([[True] * 6, [True, False, False, True, False, False]])
+    denoising = DenoisingTargets(torch.randint(4, (2, 6)), torch.rand(2, 6, 4) * 0.5 + 0.2, valid, num_valid=8)
+    losses = make_criterion()(logits, boxes, targets, denoising)
+    only_matching = make_criterion()(logits[:, :, :4], boxes[:, :, :4], targets, denoising=None)
+    assert all(torch.equal(losses[name], value) for name, value in only_matching.items())
+    for layer, suffix in enumerate(("_0", "")):
+        expected = torch.zeros(3)
+        for image in range(2):
+            real = [d for d in range(6) if valid[image, d]]
+            pairs = {i: (denoising.labels[image, d].item(), denoising.boxes[image, d]) for i, d in enumerate(real)}
+            queries = [4 + d for d in real]
+            expected += plain_losses(logits[layer, image, queries], boxes[layer, image, queries], pairs)
+        found = torch.stack([losses[f"loss_dn_{name}{suffix}"] for name in ("class", "l1", "giou")])
+        assert torch.allclose(found, expected / 8, rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_denoising", [False, True])
+def test_without_boxes_every_loss_is_finite_and_reaches_every_prediction(with_denoising):
+    logits, boxes, targets = make_problem((0, 0))
+    logits.requires_grad_()
+    boxes.requires_grad_()
+    denoising = None
+    if with_denoising:
+        empty = torch.zeros(2, 0)
+        denoising = DenoisingTargets(empty.long(), torch.zeros(2, 0, 4), empty.bool(), num_valid=0)
+    losses = make_criterion()(logits, boxes, targets, denoising)
+    assert len(losses) == (12 if with_denoising else 6)
+    sum(losses.values()).backward()
+    assert logits.grad.isfinite().all() and logits.grad.abs().min() > 0
+    assert not boxes.grad.any()
+
+
+def test_gradients_equal_those_of_a_plain_formulation():
+    """Elementwise torch expressions, without the batched indexing."""
+    logits, boxes, targets = make_problem((2, 3), layers=2)
+    logits.requires_grad_()
+    boxes.requires_grad_()
+    sum(make_criterion()(logits, boxes, targets, denoising=None).values()).backward()
+    other_logits, other_boxes = logits.detach().clone().requires_grad_(), boxes.detach().clone().requires_grad_()
+    matches = make_matcher()(logits, boxes, targets)
+    labels = torch.cat([target.labels for target in targets])
+    target_boxes = torch.cat([target.boxes for target in targets])
+    total = 0.0
+    for layer in range(2):
+        positive = torch.zeros(other_logits.shape[1:], dtype=torch.bool)
+        for image, query, target in zip(matches.image, matches.query[layer], matches.target[layer]):
+            positive[image, query, labels[target]] = True
+            box = other_boxes[layer, image, query]
+            total = total + 5 * (box - target_boxes[target]).abs().sum()
+            giou = generalized_box_iou(cxcywh_to_xyxy(box[None]), cxcywh_to_xyxy(target_boxes[target][None]))
+            total = total + 2 * (1 - giou[0, 0])
+        p = other_logits[layer].sigmoid()
+        focal = torch.where(positive, 0.25 * (1 - p) ** 2 * -p.log(), 0.75 * p**2 * -(1 - p).log())
+        total = total + 2 * focal.sum()
+    (total / 5).backward()
+    assert torch.allclose(logits.grad, other_logits.grad, atol=1e-5)
+    assert torch.allclose(boxes.grad, other_boxes.grad, atol=1e-4)

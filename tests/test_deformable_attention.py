@@ -1,0 +1,60 @@
+"""samdetr.deformable_attention against loops over every query, head, level and point."""
+
+import math
+
+import torch
+
+from samdetr.deformable_attention import MultiScaleDeformableAttention, multi_scale_deformable_sampling
+
+
+def bilinear(feature, x, y):
+    """Sample (H, W, D) at pixel coordinates, zeros outside."""
+    height, width = feature.shape[:2]
+    value = torch.zeros(feature.shape[-1])
+    for i in (math.floor(y), math.floor(y) + 1):
+        for j in (math.floor(x), math.floor(x) + 1):
+            if 0 <= i < height and 0 <= j < width:
+                value += (1 - abs(y - i)) * (1 - abs(x - j)) * feature[i, j]
+    return value
+
+
+def test_sampling_equals_the_loops():
+    sizes, heads, points, dim, queries = [(4, 6), (2, 3)], 2, 3, 5, 4
+    value = torch.randn(2, 4 * 6 + 2 * 3, heads, dim)
+    locations = torch.rand(2, queries, heads, len(sizes), points, 2) * 1.4 - 0.2
+    weights = torch.rand(2, queries, heads, len(sizes), points)
+    result = multi_scale_deformable_sampling(value, sizes, locations, weights)
+    for b in range(2):
+        for q in range(queries):
+            for m in range(heads):
+                expected, start = torch.zeros(dim), 0
+                for level, (height, width) in enumerate(sizes):
+                    feature = value[b, start : start + height * width, m].view(height, width, dim)
+                    start += height * width
+                    for p in range(points):
+                        x, y = (locations[b, q, m, level, p] * torch.tensor([width, height]) - 0.5).tolist()
+                        expected += weights[b, q, m, level, p] * bilinear(feature, x, y)
+                assert torch.allclose(result[b, q, m * dim : (m + 1) * dim], expected, atol=1e-4)
+
+
+def test_initial_state():
+    """Points start on rays, one direction a head, the p-th point p pixels out, with uniform attention."""
+    attention = MultiScaleDeformableAttention(dim=16, num_heads=8, num_levels=2, num_points=3)
+    offsets = attention.sampling_offsets.bias.view(8, 2, 3, 2)
+    assert torch.allclose(offsets[0, 0], torch.tensor([[1.0, 0], [2, 0], [3, 0]]))
+    assert torch.allclose(offsets[1, 1], torch.tensor([[1.0, 1], [2, 2], [3, 3]]), atol=1e-5)
+    assert torch.allclose(offsets[2, 0], torch.tensor([[0.0, 1], [0, 2], [0, 3]]), atol=1e-5)
+    assert not attention.sampling_offsets.weight.any()
+    assert not attention.attention_weights.weight.any() and not attention.attention_weights.bias.any()
+    assert not attention.value.bias.any() and not attention.output.bias.any()
+    assert attention.value.weight.abs().max() <= math.sqrt(6 / 32)
+
+
+def test_padded_values_are_zero():
+    attention = MultiScaleDeformableAttention(dim=8, num_heads=2, num_levels=1, num_points=2)
+    memory = torch.randn(1, 6, 8)
+    mask = torch.tensor([[False, False, True, False, False, True]])
+    query, reference = torch.randn(1, 6, 8), torch.rand(1, 6, 1, 2)
+    out = attention(query, reference, memory, [(2, 3)], mask)
+    memory[0, [2, 5]] = 1e3
+    assert torch.equal(attention(query, reference, memory, [(2, 3)], mask), out)

@@ -1,0 +1,73 @@
+"""samdetr.roi_align against torchvision's op."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision import ops
+
+from samdetr.boxes import cxcywh_to_xyxy
+from samdetr.roi_align import linear_interpolation_weights, roi_align
+
+
+def torchvision_roi_align(features, boxes, valid_size, output_size):
+    """The plain formulation: torchvision's op on each image's valid part."""
+    pooled = []
+    for feature, image_boxes, (width, height) in zip(features, boxes, valid_size.long().tolist()):
+        corners = cxcywh_to_xyxy(image_boxes) * torch.tensor([width, height, width, height])
+        valid = feature[:height, :width].permute(2, 0, 1)[None].contiguous()
+        pooled.append(ops.roi_align(valid, [corners], output_size, sampling_ratio=-1, aligned=True))
+    return torch.stack(pooled).permute(0, 1, 3, 4, 2)
+
+
+def random_boxes(batch, number):
+    return torch.cat([torch.rand(batch, number, 2), torch.rand(batch, number, 2) * 0.98 + 0.01], dim=-1)
+
+
+@pytest.mark.parametrize("output_size", [1, 4, 7])
+@pytest.mark.parametrize("size", [(5, 9), (25, 34), (16, 3)])
+def test_equals_torchvision_on_the_valid_part(size, output_size):
+    height, width = size
+    features = torch.randn(2, height, width, 6, dtype=torch.float64, requires_grad=True)
+    other = features.detach().clone().requires_grad_()
+    valid_size = torch.tensor([[width, height], [max(1, width - 3), max(1, height - 4)]], dtype=torch.float64)
+    boxes = random_boxes(2, 40).double()  # many reach over the edge
+    pooled = roi_align(features, boxes, valid_size, output_size)
+    expected = torchvision_roi_align(other, boxes, valid_size, output_size)
+    assert torch.allclose(pooled, expected, atol=1e-5)
+    gradient = torch.randn_like(pooled)
+    pooled.backward(gradient)
+    expected.backward(gradient)
+    assert torch.allclose(features.grad, other.grad, atol=1e-4)
+
+
+def test_boxes_on_whole_pixels():
+    """A box of exactly 2 x 2 pixels and one bin is their mean; of one pixel, that pixel."""
+    features = torch.arange(16.0).view(1, 4, 4, 1)
+    boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.125, 0.375, 0.25, 0.25]]])
+    pooled = roi_align(features, boxes, torch.tensor([[4.0, 4.0]]), 1)
+    assert torch.allclose(pooled.flatten(), torch.tensor([(5 + 6 + 9 + 10) / 4, 4.0]))
+
+
+def test_no_gradient_reaches_the_boxes():
+    boxes = random_boxes(1, 3).requires_grad_()
+    pooled = roi_align(torch.randn(1, 4, 4, 2, requires_grad=True), boxes, torch.tensor([[4.0, 4.0]]), 2)
+    pooled.sum().backward()
+    assert boxes.grad is None
+
+
+def test_interpolation_weights_and_their_gradient_are_grid_samples():
+    length = 7
+    values = torch.randn(length)
+    # Halfway, at centres, at and beyond both ends.
+    position = torch.tensor([0.5, 3.0, 2.25, -0.5, -1.0, -1.5, 6.0, 6.5, 7.0], requires_grad=True)
+    other = position.detach().clone().requires_grad_()
+    sampled = linear_interpolation_weights(position, length) @ values
+    grid = torch.stack([(2 * other + 1) / length - 1, torch.zeros_like(other)], dim=-1)[None, None]
+    expected = F.grid_sample(values.view(1, 1, 1, -1), grid, align_corners=False).flatten()
+    assert torch.allclose(sampled, expected, atol=1e-5)
+    sampled.sum().backward()
+    expected.sum().backward()
+    inside = (other > -1) & (other < 7)
+    # Exactly at a pixel's centre, float rounding decides on which side grid_sample's derivative is taken.
+    between = other.detach() != other.detach().round()
+    assert torch.allclose(position.grad[inside & between], other.grad[inside & between], atol=1e-4)

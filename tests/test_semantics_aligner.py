@@ -1,0 +1,104 @@
+"""samdetr.semantics_aligner against torchvision's RoIAlign and torch's grid_sample."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_encoder import make_level
+from test_roi_align import torchvision_roi_align
+
+from samdetr.position_encoding import sine_embedding
+from samdetr.semantics_aligner import IdentityAligner, SemanticsAligner
+
+
+def make_aligner(predict_scales, dim=16, num_heads=4, pooled_size=5):
+    return SemanticsAligner(
+        dim=dim,
+        num_heads=num_heads,
+        pooled_size=pooled_size,
+        reduction=4,
+        hidden_dims=[12, 10],
+        temperature=10000.0,
+        predict_scales=predict_scales,
+    )
+
+
+def plain_align(aligner, content, boxes, level):
+    """The model's section 3, written query by query."""
+    pooled = torchvision_roi_align(level.features, boxes, level.valid_size, aligner.pooled_size)
+    heads, dim = aligner.num_heads, aligner.dim
+    contents, positions, keypoints, scales = [], [], [], []
+    for b in range(content.shape[0]):
+        for q in range(content.shape[1]):
+            cells = pooled[b, q]
+            reduced = F.relu(cells @ aligner.reduction.weight.T + aligner.reduction.bias).flatten()
+            numbers = aligner.keypoint_head(reduced)
+            local = numbers[: 2 * heads].view(heads, 2).tanh()
+            scales.append(numbers[2 * heads :].view(-1, 2))
+            sampled = F.grid_sample(cells.permute(2, 0, 1)[None], local[None, None], align_corners=False)[0, :, 0].T
+            gate = torch.sigmoid(aligner.content_gate(content[b, q])).view(heads, dim)
+            contents.append(sampled * gate)
+            place = boxes[b, q, :2] + boxes[b, q, 2:] / 2 * local
+            keypoints.append(place)
+            gate = torch.sigmoid(aligner.position_gate(content[b, q])).view(heads, dim)
+            positions.append(sine_embedding(place, dim, aligner.temperature) * gate)
+    shape = content.shape[:2]
+    return [torch.stack(x).unflatten(0, shape) for x in (contents, positions, keypoints, scales)]
+
+
+@pytest.mark.parametrize("predict_scales", [False, True])
+def test_equals_the_plain_formulation(predict_scales):
+    aligner = make_aligner(predict_scales)
+    level = make_level(torch.randn(2, 6, 8, 16), [[8, 6], [5, 4]])
+    content = torch.randn(2, 3, 16)
+    boxes = torch.cat([torch.rand(2, 3, 2), torch.rand(2, 3, 2) * 0.9 + 0.05], -1)
+    aligned = aligner(content, boxes, level)
+    contents, positions, keypoints, scales = plain_align(aligner, content, boxes, level)
+    assert torch.allclose(aligned.content, contents, atol=1e-5)
+    assert torch.allclose(aligned.position, positions, atol=1e-5)
+    assert torch.allclose(aligned.keypoints, keypoints, atol=1e-6)
+    if predict_scales:
+        assert torch.allclose(aligned.gaussian_scales, scales, atol=1e-5)
+    else:
+        assert aligned.gaussian_scales is None
+
+
+def test_where_gradients_flow():
+    """Keypoints learn through the sampling and the Gaussian's centre; boxes only through the latter."""
+    aligner = make_aligner(True)
+    features = torch.randn(1, 6, 8, 16)
+    boxes = torch.tensor([[[0.4, 0.5, 0.3, 0.4]]], requires_grad=True)
+    aligned = aligner(torch.randn(1, 1, 16), boxes, make_level(features, [[8, 6]]))
+    last = aligner.keypoint_head.layers[-1].weight
+
+    def reaches(output, target):
+        return torch.autograd.grad(output.sum(), target, retain_graph=True, allow_unused=True)[0] is not None
+
+    assert reaches(aligned.content, last) and not reaches(aligned.content, boxes)
+    assert not reaches(aligned.position, last) and not reaches(aligned.position, boxes)
+    assert reaches(aligned.keypoints, last) and reaches(aligned.keypoints, boxes)
+    assert reaches(aligned.gaussian_scales, last) and not reaches(aligned.gaussian_scales, boxes)
+
+
+def test_initial_state():
+    aligner = make_aligner(True)
+    assert not aligner.keypoint_head.layers[-1].bias.any()
+    for layer in [aligner.reduction, *aligner.keypoint_head.layers, aligner.content_gate, aligner.position_gate]:
+        bound = (6 / sum(layer.weight.shape)) ** 0.5
+        assert 0.7 * bound < layer.weight.abs().max() <= bound
+    assert aligner.content_gate.bias.abs().max() > 0
+
+
+def test_identity_aligner_hands_the_query_on():
+    aligner = IdentityAligner(dim=16, num_heads=4, temperature=10000.0, predict_scales=True)
+    content, boxes = torch.randn(1, 3, 16), torch.rand(1, 3, 4)
+    aligned = aligner(content, boxes, None)
+    for head in range(4):
+        assert torch.equal(aligned.content[:, :, head], content)
+        assert torch.equal(aligned.position[:, :, head], sine_embedding(boxes[..., :2], 16, 10000.0))
+        assert torch.equal(aligned.keypoints[:, :, head], boxes[..., :2])
+    assert aligned.gaussian_scales.shape == (1, 3, 4, 2)
+
+
+def test_reduction_that_does_not_divide_the_width():
+    with pytest.raises(ValueError, match=r"ALIGNER.REDUCTION \(4\) does not divide .*HIDDEN_DIM \(18\)"):
+        make_aligner(False, dim=18)

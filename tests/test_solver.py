@@ -1,0 +1,47 @@
+"""samdetr.solver: rates, decay, clipping."""
+
+import pytest
+import torch
+from conftest import load_config, tiny_config
+from detectron2.modeling import build_model
+
+from samdetr.solver import FullModelClippingAdamW, build_optimizer
+
+
+def test_backbone_has_its_own_rate_and_decay_applies_to_everything():
+    cfg = load_config("sam_detr_R_50_1x", "MODEL.SAMDETR.ENCODER.NUM_LAYERS", 1, "MODEL.SAMDETR.DECODER.NUM_LAYERS", 1)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(groups) == len(trainable)
+    for name, parameter in trainable.items():
+        group = groups[id(parameter)]
+        assert group["lr"] == pytest.approx(1e-5 if name.startswith("backbone.") else 1e-4), name
+        assert group["weight_decay"] == 1e-4, name
+    assert not any(name.startswith(("backbone.stem", "backbone.res2")) for name in trainable)
+
+
+def test_gradients_are_clipped_together():
+    a, b = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4))
+    optimizer = FullModelClippingAdamW([{"params": [a]}, {"params": [b]}], lr=0.1, max_norm=0.1)
+    a.grad, b.grad = torch.full((3,), 2.0), torch.full((4,), -1.0)
+    optimizer.step()
+    norm = (3 * 4 + 4 * 1) ** 0.5
+    assert torch.allclose(a.grad, torch.full((3,), 2.0) * 0.1 / norm)
+    assert torch.allclose(b.grad, torch.full((4,), -1.0) * 0.1 / norm)
+
+
+def test_clipping_follows_the_config():
+    cfg = tiny_config()
+    model = build_model(cfg)
+    assert isinstance(build_optimizer(cfg, model), FullModelClippingAdamW)
+    cfg.SOLVER.CLIP_GRADIENTS.FULL_MODEL = False
+    optimizer = build_optimizer(cfg, model)
+    assert isinstance(optimizer, torch.optim.AdamW) and not isinstance(optimizer, FullModelClippingAdamW)
+    assert "GradientClip" in type(optimizer).__name__
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    assert type(build_optimizer(cfg, model)) is torch.optim.AdamW
+    cfg.SOLVER.CLIP_GRADIENTS.update({"ENABLED": True, "FULL_MODEL": True, "CLIP_TYPE": "value"})
+    with pytest.raises(ValueError, match="CLIP_TYPE is 'value'"):
+        build_optimizer(cfg, model)
