@@ -9,6 +9,7 @@
 import logging
 import os
 import sys
+import weakref
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -18,7 +19,8 @@ from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.utils import comm
 
 import samdetr
-from samdetr.checks import UserError, check_config, check_loaded, merge_options
+from samdetr.checkpoint import CheckedCheckpointer
+from samdetr.checks import UserError, check_config, merge_options
 from samdetr.data import build_test_loader, build_train_loader
 from samdetr.solver import build_optimizer
 
@@ -62,6 +64,13 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg, dataset_name):
         return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
 
+    def resume_or_load(self, resume=True):
+        resuming = resume and self.checkpointer.has_checkpoint()
+        self.checkpointer = CheckedCheckpointer(
+            self.model, self.cfg.OUTPUT_DIR, complete=resuming, trainer=weakref.proxy(self)
+        )
+        super().resume_or_load(resume)
+
     def build_hooks(self):
         result = super().build_hooks()
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
@@ -69,28 +78,6 @@ class Trainer(DefaultTrainer):
             checkpointer = WeightsCheckpointer(self.model, self.cfg.OUTPUT_DIR)
             result.insert(-1, BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, checkpointer, "bbox/AP"))
         return result
-
-
-class CheckedCheckpointer(DetectionCheckpointer):
-    """Refuses a checkpoint that does not fit the model.
-
-    Args:
-        complete: whether every parameter must come from the checkpoint.
-    """
-
-    def __init__(self, model, *args, complete: bool, **kwargs):
-        super().__init__(model, *args, **kwargs)
-        self.complete = complete
-        self.path = ""
-
-    def load(self, path, *args, **kwargs):
-        self.path = path
-        return super().load(path, *args, **kwargs)
-
-    def _load_model(self, checkpoint):
-        if not checkpoint.get("matching_heuristics", False):
-            check_loaded(self.path, self.model, checkpoint["model"], complete=self.complete)
-        return super()._load_model(checkpoint)
 
 
 def setup(args):
@@ -103,6 +90,10 @@ def setup(args):
         logger.warning("MODEL.DEVICE is cuda, but there is no CUDA device here: using the CPU.")
     # Attention's smallest probabilities are denormal numbers, which CPUs multiply many times slower than zeros.
     torch.set_flush_denormal(True)
+    if torch.cuda.device_count() < args.num_gpus > 1:
+        raise UserError(
+            f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} CUDA devices."
+        )
     cfg.freeze()
     check_config(cfg, training=not args.eval_only)
     resumable = os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))

@@ -6,8 +6,11 @@ import pytest
 import torch
 from conftest import DN, MULTI_SCALE, PLAIN, SMCA, load_config, make_input, tiny_config, tiny_model
 from detectron2.modeling import build_model
+from test_cross_attention import plain_attention
+from test_semantics_aligner import plain_align
 
 import samdetr
+from samdetr.structures import AlignedQuery
 
 VARIANTS = {
     "plain": PLAIN,
@@ -32,6 +35,33 @@ def test_training_returns_weighted_losses_that_reach_every_parameter(options):
     sum(losses.values()).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not without
+
+
+@pytest.mark.parametrize("options", [SMCA, [*PLAIN, *MULTI_SCALE]], ids=["smca", "multi-scale"])
+def test_losses_and_gradients_equal_the_plain_formulation(options):
+    """The whole model against itself with aligner and cross-attention written query by query, pixel by pixel."""
+    model = tiny_model(*options).eval()  # the backbone's running statistics
+    model.training = True
+    inputs = [make_input(64, 48, TWO_BOXES, [3, 7]), make_input(40, 56, [(0, 0, 20, 20)], [1], seed=1)]
+
+    def losses_and_gradients():
+        model.zero_grad()
+        losses = model(inputs)
+        sum(losses.values()).backward()
+        return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    losses, gradients = losses_and_gradients()
+    for layer in model.decoder.layers:
+        aligner, attention = layer.aligner, layer.cross_attention
+        beta = getattr(attention, "gaussian_beta", None)
+        aligner.forward = lambda *args, aligner=aligner: AlignedQuery(*plain_align(aligner, *args))
+        attention.forward = lambda *args, attention=attention, beta=beta: plain_attention(attention, *args, beta=beta)
+    plain_losses, plain_gradients = losses_and_gradients()
+    for name, loss in losses.items():
+        assert torch.isclose(loss, plain_losses[name], rtol=1e-4), name
+    for name, gradient in gradients.items():
+        scale = plain_gradients[name].abs().max().clamp(min=1e-3)
+        assert (gradient - plain_gradients[name]).abs().max() < 1e-3 * scale, name
 
 
 @variants

@@ -23,8 +23,8 @@ def make_aligner(predict_scales, dim=16, num_heads=4, pooled_size=5):
 
 
 def plain_align(aligner, content, boxes, level):
-    """The model's section 3, written query by query."""
-    pooled = torchvision_roi_align(level.features, boxes, level.valid_size, aligner.pooled_size)
+    """The Semantics Aligner written query by query, with torchvision's and torch's ops, and every gradient stop."""
+    pooled = torchvision_roi_align(level.features, boxes.detach(), level.valid_size, aligner.pooled_size)
     heads, dim = aligner.num_heads, aligner.dim
     contents, positions, keypoints, scales = [], [], [], []
     for b in range(content.shape[0]):
@@ -40,7 +40,7 @@ def plain_align(aligner, content, boxes, level):
             place = boxes[b, q, :2] + boxes[b, q, 2:] / 2 * local
             keypoints.append(place)
             gate = torch.sigmoid(aligner.position_gate(content[b, q])).view(heads, dim)
-            positions.append(sine_embedding(place, dim, aligner.temperature) * gate)
+            positions.append(sine_embedding(place.detach(), dim, aligner.temperature) * gate)
     shape = content.shape[:2]
     return [torch.stack(x).unflatten(0, shape) for x in (contents, positions, keypoints, scales)]
 

@@ -1,15 +1,60 @@
-"""The authors' published checkpoints, in this project's names.
+"""Loading checkpoints with checks, and the authors' published checkpoints in this project's names.
 
 The published single-scale and multi-scale models name their parts alike; what differs is told by shapes.
 """
 
+import logging
 import re
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
-__all__ = ["convert_published_state_dict"]
+from .checks import check_loaded
+
+__all__ = ["CheckedCheckpointer", "convert_published_state_dict"]
+
+logger = logging.getLogger(__name__)
+
+# Parameters whose first dimension follows from the number of classes.
+_CLASS_PARAMETERS = r"decoder\.class_heads\.\d+\.(weight|bias)|query_generator\.label_embedding\.weight"
+
+
+class CheckedCheckpointer(DetectionCheckpointer):
+    """detectron2's, which refuses a checkpoint that does not fit the model.
+
+    A model that is initialised from a checkpoint with another number of classes starts its class heads and its label
+    embedding anew, and the log says so.
+    """
+
+    def __init__(self, model: torch.nn.Module, *args, complete: bool, **kwargs):
+        """
+        Args:
+            model, args, kwargs: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
+            complete: whether every parameter must come from the checkpoint (evaluation and resuming), or any will do
+                (initialisation).
+        """
+        super().__init__(model, *args, **kwargs)
+        self.complete = complete
+        self._path = ""
+
+    def load(self, path: str, *args, **kwargs) -> dict:
+        self._path = path
+        return super().load(path, *args, **kwargs)
+
+    def _load_model(self, checkpoint: dict):
+        # Files with matching heuristics hold a backbone in names of their own, which detectron2 aligns and reports.
+        if not checkpoint.get("matching_heuristics", False):
+            check_loaded(self._path, self.model, checkpoint["model"], complete=self.complete)
+        incompatible = super()._load_model(checkpoint)
+        anew = [name for name, *_ in incompatible.incorrect_shapes if re.search(_CLASS_PARAMETERS, name)]
+        if anew:
+            logger.warning(
+                "%s was trained with another number of classes: %s start anew.", self._path, ", ".join(sorted(anew))
+            )
+        return incompatible
+
 
 # Published parts of a layer, and this project's.
 _ENCODER_LAYER = {
