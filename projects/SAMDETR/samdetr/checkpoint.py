@@ -3,7 +3,9 @@
 The published single-scale and multi-scale models name their parts alike; what differs is told by shapes.
 """
 
+import contextlib
 import logging
+import os
 import re
 
 import torch
@@ -11,7 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
-from .checks import check_loaded
+from .checks import UserError, check_loaded, check_weights_file
 
 __all__ = ["CheckedCheckpointer", "convert_published_state_dict"]
 
@@ -22,22 +24,90 @@ _CLASS_PARAMETERS = r"decoder\.class_heads\.\d+\.(weight|bias)|query_generator\.
 
 
 class CheckedCheckpointer(DetectionCheckpointer):
-    """detectron2's, which refuses a checkpoint that does not fit the model.
+    """detectron2's, which writes a file whole or not at all, and refuses a checkpoint that does not fit the model.
 
     A model that is initialised from a checkpoint with another number of classes starts its class heads and its label
-    embedding anew, and the log says so.
+    embedding anew, and the log says so. A run whose last checkpoint is damaged is resumed from the one before.
     """
 
-    def __init__(self, model: torch.nn.Module, *args, complete: bool, **kwargs):
+    def __init__(self, model: torch.nn.Module, *args, complete: bool, use_average: bool = False, **kwargs):
         """
         Args:
             model, args, kwargs: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
             complete: whether every parameter must come from the checkpoint (evaluation and resuming), or any will do
                 (initialisation).
+            use_average: whether to load the moving average of the weights, if the checkpoint has one.
         """
         super().__init__(model, *args, **kwargs)
         self.complete = complete
+        self.use_average = use_average
         self._path = ""
+
+    def save(self, name: str, *, tag: bool = True, **extra) -> None:
+        """Write ``name.pth``.
+
+        Args:
+            name: of the file, without its ending.
+            tag: whether to mark it as the last checkpoint, which resuming starts from.
+            extra: what else to save.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        model = self.model.module if hasattr(self.model, "module") else self.model
+        data = {"model": model.state_dict(), **{key: part.state_dict() for key, part in self.checkpointables.items()}}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        with _written_whole(path) as f:
+            torch.save({**data, **extra}, f)
+        if tag:
+            self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with _written_whole(os.path.join(self.save_dir, "last_checkpoint")) as f:
+            f.write(last_filename_basename.encode())
+
+    def has_checkpoint(self) -> bool:
+        return bool(self._resumable_files())
+
+    def get_checkpoint_file(self) -> str:
+        """The newest checkpoint of a run in ``save_dir`` that can be read; empty if there is none.
+
+        Raises:
+            UserError: there are checkpoints, but none can be read.
+        """
+        files = self._resumable_files()
+        for path in files:
+            try:
+                check_weights_file(path)
+            except UserError as error:
+                logger.error("%s Trying the checkpoint before it.", error)
+                continue
+            logger.info("Resuming from %s.", path)
+            return path
+        if files:
+            raise UserError(f"None of the checkpoints in {self.save_dir} can be read: {', '.join(files)}.")
+        return ""
+
+    def _resumable_files(self) -> list[str]:
+        """Checkpoints of a run, the one marked as last first, then from the newest to the oldest."""
+        if not os.path.isdir(self.save_dir):
+            return []
+        files = [
+            os.path.join(self.save_dir, name)
+            for name in os.listdir(self.save_dir)
+            if re.fullmatch(r"model_(\d+|final)\.pth", name)
+        ]
+        files.sort(key=os.path.getmtime, reverse=True)
+        marked = super().get_checkpoint_file()
+        return sorted(files, key=lambda path: path != marked)
+
+    def _load_file(self, filename: str) -> dict:
+        loaded = super()._load_file(filename)
+        if self.use_average and "average" in loaded:
+            logger.info("Using the moving average of the weights in %s.", filename)
+            average = loaded["average"].items()
+            loaded["model"] = {k.removeprefix("module."): v for k, v in average if k.startswith("module.")}
+        return loaded
 
     def load(self, path: str, *args, **kwargs) -> dict:
         self._path = path
@@ -122,6 +192,17 @@ def _rename(name: str) -> str | None:
         if match := re.fullmatch(pattern, name):
             return match.expand(replacement)
     return None
+
+
+@contextlib.contextmanager
+def _written_whole(path: str):
+    """Open a file for writing that appears under its name only when all of it is on the disk."""
+    temporary = f"{path}.part"
+    with open(temporary, "wb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
 
 
 def convert_published_state_dict(state_dict: dict[str, Tensor], num_classes: int = 80) -> dict[str, Tensor]:

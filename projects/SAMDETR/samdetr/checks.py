@@ -13,6 +13,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 
 from .cross_attention import CROSS_ATTENTION_REGISTRY
+from .data.coco_format import register_coco_format
 from .encoder import ENCODER_REGISTRY
 from .query_generator import QUERY_GENERATOR_REGISTRY
 from .semantics_aligner import SEMANTICS_ALIGNER_REGISTRY
@@ -78,6 +79,12 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
     _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
     if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
         _check_model(cfg.MODEL.SAMDETR)
+    try:
+        register_coco_format(cfg)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    if training:
+        _check_solver(cfg)
     if training and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on.")
     if not training and not cfg.DATASETS.TEST:
@@ -95,6 +102,32 @@ def _check_name(key: str, name: str, registry) -> None:
         raise UserError(
             f"{key} is {name!r}, which is not registered; there are: {', '.join(names)}.{_suggest(name, names)}"
         )
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key} is {value!r}: choose from {', '.join(map(repr, choices))}.")
+
+
+def _check_solver(cfg: CfgNode) -> None:
+    _check_choice("SOLVER.NON_FINITE", cfg.SOLVER.NON_FINITE, ("stop", "skip"))
+    _check_choice("DATALOADER.UNREADABLE_IMAGES", cfg.DATALOADER.UNREADABLE_IMAGES, ("stop", "skip"))
+    _check_choice("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, ("bfloat16", "float16"))
+    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "float16" and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise UserError("SOLVER.AMP.PRECISION 'float16' needs CUDA: use 'bfloat16' on the CPU.")
+    if not 1 <= cfg.SOLVER.ACCUMULATION_STEPS <= cfg.SOLVER.IMS_PER_BATCH:
+        raise UserError(
+            f"SOLVER.ACCUMULATION_STEPS is {cfg.SOLVER.ACCUMULATION_STEPS}: it must be between 1 and "
+            f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH})."
+        )
+    if not 0 <= cfg.SOLVER.EMA.DECAY < 1:
+        raise UserError(f"SOLVER.EMA.DECAY is {cfg.SOLVER.EMA.DECAY}: it must be in [0, 1), for example 0.9998.")
+    for key, value, supported in (
+        ("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, "TrainingSampler"),
+        ("TEST.PRECISE_BN.ENABLED", cfg.TEST.PRECISE_BN.ENABLED, False),
+    ):
+        if value != supported:
+            raise UserError(f"{key} is {value!r}, which this trainer does not support: set it to {supported!r}.")
 
 
 def _check_model(node: CfgNode) -> None:
@@ -125,8 +158,8 @@ def _check_dataset(key: str, name: str, cfg: CfgNode) -> None:
     registered = DatasetCatalog.list()
     if name not in registered:
         raise UserError(
-            f"{key} names {name!r}, which is not a registered dataset.{_suggest(name, registered)} Register your own with "
-            "detectron2.data.datasets.register_coco_instances."
+            f"{key} names {name!r}, which is not a registered dataset.{_suggest(name, registered)} Name your own in "
+            "DATASETS.COCO_FORMAT."
         )
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")

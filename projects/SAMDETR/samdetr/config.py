@@ -29,6 +29,9 @@ def add_samdetr_config(cfg: CN) -> None:
     # Score that every class starts with, as in RetinaNet's section 3.3.
     node.PRIOR_PROB = 0.01
 
+    # Compute each encoder and decoder layer again in the backward pass instead of keeping its activations.
+    node.ACTIVATION_CHECKPOINTING = False
+
     node.ENCODER = CN()
     # A name in ENCODER_REGISTRY: TransformerEncoder, or DeformableTransformerEncoder for several levels.
     node.ENCODER.NAME = "TransformerEncoder"
@@ -88,6 +91,28 @@ def add_samdetr_config(cfg: CN) -> None:
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     # Clip the norm of all gradients together (True, as published) or of each parameter's alone (detectron2's way).
     cfg.SOLVER.CLIP_GRADIENTS.FULL_MODEL = True
+
+    # COCO-format datasets of one's own, each [name, annotation file, image folder]; then name them in DATASETS.TRAIN and
+    # TEST. Class names come from the annotation file.
+    cfg.DATASETS.COCO_FORMAT = []
+
+    # Mixed precision (SOLVER.AMP.ENABLED, detectron2's key) in training and evaluation: "bfloat16", or "float16", which
+    # needs CUDA.
+    cfg.SOLVER.AMP.PRECISION = "bfloat16"
+    # Split each step's IMS_PER_BATCH images into this many parts, one after the other: the same gradients as in one, in
+    # less memory (BatchNorm, if not frozen, sees the parts alone).
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # Exponential moving average of the weights; it is what is evaluated. DECAY is the old average's share after each step.
+    cfg.SOLVER.EMA = CN()
+    cfg.SOLVER.EMA.ENABLED = False
+    cfg.SOLVER.EMA.DECAY = 0.9998
+    # When a loss or gradient is not finite: "stop" training, or "skip" the step (stopping after 100 in a row).
+    cfg.SOLVER.NON_FINITE = "stop"
+
+    # What happens when a training image cannot be read: "stop", or "skip", which takes another image instead, counts, and
+    # stops after MAX_UNREADABLE_IMAGES different ones.
+    cfg.DATALOADER.UNREADABLE_IMAGES = "stop"
+    cfg.DATALOADER.MAX_UNREADABLE_IMAGES = 100
 
     # Training augmentation (samdetr.data.dataset_mapper): with probability CROP.PROB, resize the short side to one of
     # CROP.MIN_SIZE and crop CROP.SIZE[0] to CROP.SIZE[1] pixels a side; then resize as without the crop. It replaces

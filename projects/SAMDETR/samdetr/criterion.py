@@ -65,8 +65,19 @@ class SetCriterion:
             "focal_gamma": node.LOSS.FOCAL_GAMMA,
         }
 
+    @staticmethod
+    def normalizers(num_boxes: int, num_denoising: int, device: torch.device) -> Tensor:
+        """What the losses are divided by: (2,) numbers of boxes and of denoising queries, averaged over processes, at
+        least 1."""
+        return average_over_processes([num_boxes, num_denoising], device).clamp(min=1)
+
     def __call__(
-        self, pred_logits: Tensor, pred_boxes: Tensor, targets: list[ImageTarget], denoising: DenoisingTargets | None
+        self,
+        pred_logits: Tensor,
+        pred_boxes: Tensor,
+        targets: list[ImageTarget],
+        denoising: DenoisingTargets | None,
+        normalizers: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the losses.
 
@@ -75,6 +86,7 @@ class SetCriterion:
             pred_boxes: (L, B, Q, 4), normalised (cx, cy, w, h).
             targets: B targets.
             denoising: targets of the denoising queries, if there are any.
+            normalizers: see :meth:`normalizers`; by default those of these targets.
 
         Returns:
             Scalars, weighted: ``loss_class``, ``loss_l1`` and ``loss_giou`` of the last layer, the same with ``_0``,
@@ -83,14 +95,14 @@ class SetCriterion:
             least 1.
 
         Raises:
-            NonFinitePredictionError: a prediction is NaN or infinite.
+            NonFinitePredictionError: a prediction is NaN or infinite, and the matcher stops at that.
         """
         num_denoising = 0 if denoising is None else denoising.labels.shape[1]
         num_matching = pred_logits.shape[2] - num_denoising
-        counts = [float(sum(len(target) for target in targets))]
-        if denoising is not None:
-            counts.append(float(denoising.num_valid))
-        normalizers = average_over_processes(counts, pred_logits.device).clamp(min=1)
+        if normalizers is None:
+            num_boxes = sum(len(target) for target in targets)
+            num_valid = 0 if denoising is None else denoising.num_valid
+            normalizers = self.normalizers(num_boxes, num_valid, pred_logits.device)
         losses = self.matching_losses(
             pred_logits[:, :, :num_matching], pred_boxes[:, :, :num_matching], targets, normalizers[0]
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cross_attention import build_cross_attention
-from .layers import MLP, FeedForward, xavier_uniform_matrices_
+from .layers import MLP, FeedForward, run_layer, xavier_uniform_matrices_
 from .position_encoding import sine_embedding
 from .semantics_aligner import build_semantics_aligner
 from .structures import FeatureLevel, QueryBatch
@@ -93,15 +93,19 @@ class Decoder(nn.Module):
     """The coarse-to-fine, box-refining loop and the prediction heads of every layer."""
 
     @configurable
-    def __init__(self, *, layers: list[nn.Module], dim: int, num_classes: int, prior_prob: float):
+    def __init__(
+        self, *, layers: list[nn.Module], dim: int, num_classes: int, prior_prob: float, recompute: bool = False
+    ):
         """
         Args:
             layers: the L decoder layers, each called like :class:`DecoderLayer`.
             dim: model width C.
             num_classes: number of classes K.
             prior_prob: the score that every class starts with.
+            recompute: whether each layer's activations are computed again in the backward pass instead of kept.
         """
         super().__init__()
+        self.recompute = recompute
         self.layers = nn.ModuleList(layers)
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in layers)
         self.box_heads = nn.ModuleList(MLP([dim, dim, dim, 4]) for _ in layers)
@@ -134,6 +138,7 @@ class Decoder(nn.Module):
             "dim": node.HIDDEN_DIM,
             "num_classes": node.NUM_CLASSES,
             "prior_prob": node.PRIOR_PROB,
+            "recompute": node.ACTIVATION_CHECKPOINTING,
         }
 
     def forward(self, queries: QueryBatch, levels: list[FeatureLevel]) -> dict[str, Tensor]:
@@ -149,7 +154,10 @@ class Decoder(nn.Module):
         content, reference_logits = queries.content, queries.reference_logits.float()
         all_logits, all_boxes = [], []
         for i, level in enumerate(level_of_layer(len(self.layers), len(levels))):
-            content = self.layers[i](content, reference_logits.sigmoid(), levels[level], queries.attention_mask)
+            content = run_layer(
+                *(self.layers[i], content, reference_logits.sigmoid(), levels[level], queries.attention_mask),
+                recompute=self.recompute,
+            )
             box_logits = reference_logits + self.box_heads[i](content).float()
             all_logits.append(self.class_heads[i](content).float())
             all_boxes.append(box_logits.sigmoid())

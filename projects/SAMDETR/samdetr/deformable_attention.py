@@ -35,8 +35,11 @@ def multi_scale_deformable_sampling(
     parts = value.split([height * width for height, width in level_sizes], dim=1)
     for level, ((height, width), part) in enumerate(zip(level_sizes, parts)):
         maps = part.permute(0, 2, 3, 1).reshape(batch * heads, head_dim, height, width)
-        points = grid[:, :, :, level].transpose(1, 2).flatten(0, 1).to(value.dtype)  # (B M, N, P, 2)
-        samples = F.grid_sample(maps, points, mode="bilinear", padding_mode="zeros", align_corners=False)
+        points = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)  # (B M, N, P, 2)
+        # Positions keep their float32 in mixed precision, and grid_sample wants both alike.
+        samples = F.grid_sample(
+            maps.to(points.dtype), points, mode="bilinear", padding_mode="zeros", align_corners=False
+        ).to(value.dtype)
         result = result + (samples * weights[:, None, level].view(-1, 1, num_queries, num_points)).sum(-1)
     return result.view(batch, heads * head_dim, num_queries).transpose(1, 2)
 

@@ -9,7 +9,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from .deformable_attention import MultiScaleDeformableAttention
-from .layers import FeedForward, xavier_uniform_matrices_
+from .layers import FeedForward, run_layer, xavier_uniform_matrices_
 from .structures import FeatureLevel
 
 __all__ = ["ENCODER_REGISTRY", "DeformableTransformerEncoder", "TransformerEncoder", "build_encoder"]
@@ -79,15 +79,17 @@ class TransformerEncoder(nn.Module):
     """DETR's encoder: every pixel attends to every other pixel (of all levels, if there are several)."""
 
     @configurable
-    def __init__(self, *, dim: int, num_heads: int, feedforward_dim: int, num_layers: int):
+    def __init__(self, *, dim: int, num_heads: int, feedforward_dim: int, num_layers: int, recompute: bool = False):
         """
         Args:
             dim: model width C.
             num_heads: attention heads M, dividing C.
             feedforward_dim: hidden width of the feed-forward networks.
             num_layers: number of layers, 0 or more.
+            recompute: whether each layer's activations are computed again in the backward pass instead of kept.
         """
         super().__init__()
+        self.recompute = recompute
         self.layers = nn.ModuleList(
             TransformerEncoderLayer(dim=dim, num_heads=num_heads, feedforward_dim=feedforward_dim)
             for _ in range(num_layers)
@@ -101,6 +103,7 @@ class TransformerEncoder(nn.Module):
             "num_heads": node.NUM_HEADS,
             "feedforward_dim": node.ENCODER.FEEDFORWARD_DIM,
             "num_layers": node.ENCODER.NUM_LAYERS,
+            "recompute": node.ACTIVATION_CHECKPOINTING,
         }
 
     def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
@@ -109,7 +112,7 @@ class TransformerEncoder(nn.Module):
         position = flatten_levels([level.position for level in levels])
         mask = flatten_padding_masks(levels)
         for layer in self.layers:
-            memory = layer(memory, position, mask)
+            memory = run_layer(layer, memory, position, mask, recompute=self.recompute)
         return with_new_features(levels, memory)
 
 
@@ -163,15 +166,24 @@ class DeformableTransformerEncoder(nn.Module):
 
     @configurable
     def __init__(
-        self, *, dim: int, num_heads: int, feedforward_dim: int, num_layers: int, num_levels: int, num_points: int
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        num_layers: int,
+        num_levels: int,
+        num_points: int,
+        recompute: bool = False,
     ):
         """
         Args:
-            dim, num_heads, feedforward_dim, num_layers: see :class:`TransformerEncoder`.
+            dim, num_heads, feedforward_dim, num_layers, recompute: see :class:`TransformerEncoder`.
             num_levels: number of feature levels.
             num_points: points of each head in each level.
         """
         super().__init__()
+        self.recompute = recompute
         self.layers = nn.ModuleList(
             DeformableTransformerEncoderLayer(
                 dim=dim,
@@ -191,6 +203,7 @@ class DeformableTransformerEncoder(nn.Module):
             "num_heads": node.NUM_HEADS,
             "feedforward_dim": node.ENCODER.FEEDFORWARD_DIM,
             "num_layers": node.ENCODER.NUM_LAYERS,
+            "recompute": node.ACTIVATION_CHECKPOINTING,
             "num_levels": len(node.IN_FEATURES),
             "num_points": node.ENCODER.NUM_POINTS,
         }
@@ -201,6 +214,7 @@ class DeformableTransformerEncoder(nn.Module):
         position = flatten_levels([level.position for level in levels])
         mask = flatten_padding_masks(levels)
         reference_points = encoder_reference_points(levels)
+        sizes = [level.size for level in levels]
         for layer in self.layers:
-            memory = layer(memory, position, reference_points, [level.size for level in levels], mask)
+            memory = run_layer(layer, memory, position, reference_points, sizes, mask, recompute=self.recompute)
         return with_new_features(levels, memory)

@@ -2,9 +2,11 @@
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["MLP", "FeedForward", "xavier_uniform_matrices_"]
+__all__ = ["MLP", "FeedForward", "run_layer", "xavier_uniform_matrices_"]
 
 
 def xavier_uniform_matrices_(module: nn.Module) -> None:
@@ -12,6 +14,13 @@ def xavier_uniform_matrices_(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
+
+
+def run_layer(layer: nn.Module, *args, recompute: bool):
+    """Call a layer; with ``recompute`` its activations are not kept but computed again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
 
 
 class MLP(nn.Module):

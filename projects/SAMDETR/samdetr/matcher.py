@@ -6,6 +6,7 @@ min(Q, number of boxes).
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from detectron2.config import configurable
 from scipy.optimize import linear_sum_assignment
@@ -49,18 +50,28 @@ class HungarianMatcher:
 
     @configurable
     def __init__(
-        self, *, class_weight: float, l1_weight: float, giou_weight: float, focal_alpha: float, focal_gamma: float
+        self,
+        *,
+        class_weight: float,
+        l1_weight: float,
+        giou_weight: float,
+        focal_alpha: float,
+        focal_gamma: float,
+        stop_on_non_finite: bool = True,
     ):
         """
         Args:
             class_weight, l1_weight, giou_weight: weights of the three costs.
             focal_alpha, focal_gamma: of the focal class cost.
+            stop_on_non_finite: whether costs that are NaN or infinite raise an error; else any assignment is made, and the
+                losses show them.
         """
         self.class_weight = class_weight
         self.l1_weight = l1_weight
         self.giou_weight = giou_weight
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
+        self.stop_on_non_finite = stop_on_non_finite
 
     @classmethod
     def from_config(cls, cfg):
@@ -71,6 +82,7 @@ class HungarianMatcher:
             "giou_weight": node.MATCHER.GIOU_WEIGHT,
             "focal_alpha": node.LOSS.FOCAL_ALPHA,
             "focal_gamma": node.LOSS.FOCAL_GAMMA,
+            "stop_on_non_finite": cfg.SOLVER.NON_FINITE == "stop",
         }
 
     @torch.no_grad()
@@ -83,7 +95,7 @@ class HungarianMatcher:
             targets: B targets.
 
         Raises:
-            NonFinitePredictionError: a cost is NaN or infinite.
+            NonFinitePredictionError: a cost is NaN or infinite (with ``stop_on_non_finite``).
         """
         num_layers, _, num_queries = pred_logits.shape[:3]
         costs = [self.cost(pred_logits[:, i], pred_boxes[:, i], target) for i, target in enumerate(targets)]
@@ -95,8 +107,10 @@ class HungarianMatcher:
             block = block.reshape(num_layers, num_queries, len(target))
             start += block.size
             # A sum is finite if and only if no entry is NaN or infinite (entries are bounded otherwise).
-            if block.size and not abs(float(block.sum())) < float("inf"):
-                raise NonFinitePredictionError(image)
+            if not np.isfinite(block.sum()):
+                if self.stop_on_non_finite:
+                    raise NonFinitePredictionError(image)
+                block = np.nan_to_num(block)
             for layer in range(num_layers):
                 rows, columns = linear_sum_assignment(block[layer])
                 queries[layer].extend(rows.tolist())

@@ -111,13 +111,15 @@ class SAMDETR(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(self, batched_inputs: list[dict], normalizers: Tensor | None = None) -> dict[str, Tensor] | list[dict]:
         """Train on or detect in a batch of images.
 
         Args:
             batched_inputs: detectron2's standard input, one dict an image: ``image`` (3, H, W) in 0 to 255; in training
                 ``instances`` with ``gt_boxes`` and ``gt_classes``; in evaluation ``height`` and ``width`` of the output,
                 by default the image's own.
+            normalizers: what to divide the losses by, if this is a part of a larger batch; see
+                :meth:`loss_normalizers`.
 
         Returns:
             In training, the weighted losses by name. In evaluation, one ``{"instances": Instances}`` an image, with
@@ -142,7 +144,7 @@ class SAMDETR(nn.Module):
         predictions, queries = self.decode(images, targets)
         try:
             return self.criterion(
-                predictions["pred_logits"], predictions["pred_boxes"], targets, denoising=queries.denoising
+                predictions["pred_logits"], predictions["pred_boxes"], targets, queries.denoising, normalizers
             )
         except NonFinitePredictionError as error:
             raise FloatingPointError(
@@ -150,6 +152,20 @@ class SAMDETR(nn.Module):
                 "learning rate (SOLVER.BASE_LR), gradient clipping (SOLVER.CLIP_GRADIENTS) or a look at this image and "
                 "its boxes helps."
             ) from error
+
+    def loss_normalizers(self, parts: list[list[dict]]) -> Tensor:
+        """What to divide the losses of each part of a batch by, so that they add up to the whole batch's.
+
+        Args:
+            parts: the parts, each in :meth:`forward`'s format, on every process.
+
+        Returns:
+            See :meth:`samdetr.criterion.SetCriterion.normalizers`.
+        """
+        targets = [self.prepare_targets(part) for part in parts]
+        num_boxes = sum(len(target) for part in targets for target in part)
+        num_denoising = sum(self.query_generator.num_denoising(part) for part in targets)
+        return self.criterion.normalizers(num_boxes, num_denoising, self.device)
 
     @torch.no_grad()
     def predict(self, batched_inputs: list[dict]) -> dict[str, Tensor]:

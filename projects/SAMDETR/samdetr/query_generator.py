@@ -24,7 +24,8 @@ Registry of query generators, chosen by ``cfg.MODEL.SAMDETR.QUERY_GENERATOR.NAME
 
 A registered class is called as ``Generator(cfg)``. The module it makes is called with the batch size B and, in training,
 a list of B :class:`ImageTarget` (else None), and returns a :class:`QueryBatch`. In evaluation it must return the same
-queries for every image.
+queries for every image. Its method ``num_denoising(targets)`` tells how many denoising queries, without padding, it makes
+for such a list (0 if it makes none).
 """
 
 
@@ -51,6 +52,10 @@ class LearnedQueryGenerator(nn.Module):
     @classmethod
     def from_config(cls, cfg):
         return {"num_queries": cfg.MODEL.SAMDETR.NUM_QUERIES, "dim": cfg.MODEL.SAMDETR.HIDDEN_DIM}
+
+    def num_denoising(self, targets: list[ImageTarget]) -> int:
+        """See :data:`QUERY_GENERATOR_REGISTRY`."""
+        return 0
 
     def forward(self, batch_size: int, targets: list[ImageTarget] | None = None) -> QueryBatch:
         """See :data:`QUERY_GENERATOR_REGISTRY`."""
@@ -148,6 +153,16 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
             denoising=clean,
         )
 
+    def layout(self, targets: list[ImageTarget]) -> tuple[int, int]:
+        """Slots for the boxes of an image, and groups of so many slots."""
+        slots = min(max(len(target) for target in targets), self.max_denoising_queries)
+        return slots, min(self.num_groups, max(1, self.max_denoising_queries // max(slots, 1)))
+
+    def num_denoising(self, targets: list[ImageTarget]) -> int:
+        """See :data:`QUERY_GENERATOR_REGISTRY`."""
+        slots, num_groups = self.layout(targets)
+        return num_groups * sum(min(len(target), slots) for target in targets)
+
     @torch.no_grad()
     def repeat_targets(self, targets: list[ImageTarget]) -> tuple[DenoisingTargets, int]:
         """Lay the boxes of all images out in slots, once for each group.
@@ -155,9 +170,7 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
         Returns:
             The targets (D = groups * slots, ordered by group), and the number of groups.
         """
-        most = self.max_denoising_queries
-        slots = min(max(len(target) for target in targets), most)
-        num_groups = min(self.num_groups, max(1, most // max(slots, 1)))
+        slots, num_groups = self.layout(targets)
         device = targets[0].boxes.device
         labels = torch.zeros(len(targets), slots, dtype=torch.long, device=device)
         boxes = torch.full((len(targets), slots, 4), 0.5, device=device)
@@ -173,7 +186,7 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
             labels=labels.repeat(1, num_groups),
             boxes=boxes.repeat(1, num_groups, 1),
             valid=valid.repeat(1, num_groups),
-            num_valid=num_groups * sum(counts),
+            num_valid=self.num_denoising(targets),
         ), num_groups
 
     @torch.no_grad()

@@ -1,25 +1,56 @@
-"""Data loaders: detectron2's, with cleaned annotations and DETR's augmentation."""
+"""Data loaders over detectron2's datasets: cleaned annotations, DETR's augmentation, an order that can be resumed."""
 
 import copy
 import logging
 from collections import Counter
 
 import numpy as np
-from detectron2.data import build_detection_test_loader, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
 from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from torch.utils.data import DataLoader
 
 from .dataset_mapper import DetrDatasetMapper
+from .sampling import SampledDataset, TrainingBatchSampler
 
 __all__ = ["build_test_loader", "build_train_loader", "clean_annotations"]
 
 logger = logging.getLogger(__name__)
 
 
-def build_train_loader(cfg):
-    """detectron2's endless training loader over ``cfg.DATASETS.TRAIN``."""
-    dataset = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    return build_detection_train_loader(
-        cfg, dataset=clean_annotations(dataset), mapper=DetrDatasetMapper(cfg, is_train=True)
+def build_train_loader(cfg) -> DataLoader:
+    """An endless loader over ``cfg.DATASETS.TRAIN`` that yields this process's share of each batch.
+
+    Its ``batch_sampler`` is a :class:`TrainingBatchSampler` and its ``dataset`` a :class:`SampledDataset`; what they yield
+    depends on their seed and the batch's number alone (``cfg.SEED``, or a random seed if that is negative).
+    """
+    records = clean_annotations(
+        get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    )
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    wide = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        wide = [record["width"] > record["height"] for record in records]
+    dataset = SampledDataset(
+        DatasetFromList(records, copy=False),  # serialised, so that workers share it
+        DetrDatasetMapper(cfg, is_train=True),
+        seed=seed,
+        skip_unreadable=cfg.DATALOADER.UNREADABLE_IMAGES == "skip",
+    )
+    sampler = TrainingBatchSampler(
+        size=len(records),
+        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        seed=seed,
+        wide=wide,
+        rank=comm.get_rank(),
+        world_size=comm.get_world_size(),
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=trivial_batch_collator,
     )
 
 

@@ -1,0 +1,51 @@
+"""COCO-format datasets named in a config, without writing Python."""
+
+import json
+import os
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.file_io import PathManager
+
+__all__ = ["register_coco_format"]
+
+
+def register_coco_format(cfg) -> None:
+    """Register the datasets of ``cfg.DATASETS.COCO_FORMAT``, again without effect.
+
+    Args:
+        cfg: each entry is (name, annotation file, image folder); class names come from the file's ``categories``.
+
+    Raises:
+        ValueError: an entry has another form, or the name belongs to another dataset.
+        FileNotFoundError: the file or the folder does not exist.
+    """
+    for entry in cfg.DATASETS.COCO_FORMAT:
+        if len(entry) != 3 or not all(isinstance(part, str) for part in entry):
+            raise ValueError(
+                f"DATASETS.COCO_FORMAT has the entry {entry!r}: each is [name, annotation file, image folder]."
+            )
+        name, json_file, image_root = entry
+        if name in DatasetCatalog.list():
+            known = MetadataCatalog.get(name).get("json_file")
+            if known != json_file:
+                raise ValueError(f"DATASETS.COCO_FORMAT: the name {name!r} belongs to {known}: choose another.")
+            continue
+        if not PathManager.isfile(json_file):
+            raise FileNotFoundError(
+                f"DATASETS.COCO_FORMAT: {name}'s annotation file {json_file} does not exist (looked in {os.getcwd()})."
+            )
+        if not PathManager.isdir(image_root):
+            raise FileNotFoundError(
+                f"DATASETS.COCO_FORMAT: {name}'s image folder {image_root} does not exist (looked in {os.getcwd()})."
+            )
+        with PathManager.open(json_file) as f:
+            try:
+                categories = json.load(f)["categories"]
+                names = [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"DATASETS.COCO_FORMAT: {json_file} is not COCO's format ({type(error).__name__}: {error}): it needs "
+                    '"images", "annotations" and "categories", each category with "id" and "name".'
+                ) from error
+        register_coco_instances(name, {"thing_classes": names}, json_file, image_root)

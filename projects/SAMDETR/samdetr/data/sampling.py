@@ -1,0 +1,144 @@
+"""The order and the randomness of the training data, both functions of the seed and the place in the run.
+
+detectron2's samplers and workers carry state that a checkpoint does not hold: how far the stream has come, which images
+wait in an aspect ratio's bucket, the workers' random generators. Here a batch is computed from the seed and its number,
+and a sample's augmentation from the seed and the sample's place in the stream; so a run can be entered anywhere, with any
+number of workers, and any number of processes share the batches of one.
+"""
+
+import contextlib
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+__all__ = ["SampledDataset", "TrainingBatchSampler", "UnreadableImageError", "seeded"]
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 20  # other images tried in the place of one that cannot be read
+
+
+class UnreadableImageError(RuntimeError):
+    """An image or its annotation cannot be used; the message names the file."""
+
+
+@contextlib.contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's (CPU) generators by non-negative numbers, and restore them afterwards."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    for_python, for_numpy, for_torch = np.random.SeedSequence(numbers).generate_state(3).tolist()
+    random.seed(for_python)
+    np.random.seed(for_numpy)
+    torch.random.default_generator.manual_seed(for_torch)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class TrainingBatchSampler(Sampler):
+    """Endless shuffled batches of (place in the stream, index of the image).
+
+    Every process forms the same batches of all processes together and takes its share of each.
+
+    Attributes:
+        seed: of the shuffling; may be set before iteration starts.
+        start: number of batches to leave out at the beginning; may be set before iteration starts.
+    """
+
+    def __init__(
+        self, *, size: int, batch_size: int, seed: int, wide: list[bool] | None, rank: int = 0, world_size: int = 1
+    ):
+        """
+        Args:
+            size: number of images.
+            batch_size: images a batch, of all processes together.
+            seed: of the shuffling.
+            wide: for each image whether it is wider than high, to batch like with like (less padding); None: do not.
+            rank, world_size: this process, and how many there are.
+
+        Raises:
+            ValueError: the batch cannot be shared evenly.
+        """
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"SOLVER.IMS_PER_BATCH ({batch_size}) must be a multiple of the processes ({world_size}).")
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = 0
+        self.wide = wide
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in itertools.islice(self._batches(), self.start, None):
+            yield batch[self.rank :: self.world_size]
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        buckets: tuple[list, list] = ([], [])
+        for place, index in enumerate(self._stream()):
+            bucket = buckets[self.wide[index] if self.wide is not None else 0]
+            bucket.append((place, index))
+            if len(bucket) == self.batch_size:
+                yield bucket.copy()
+                bucket.clear()
+
+    def _stream(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            yield from torch.randperm(self.size, generator=generator).tolist()
+
+
+class SampledDataset(Dataset):
+    """Maps what the sampler yields, each sample with random numbers of its own.
+
+    Attributes:
+        seed: of the augmentation; may be set before iteration starts.
+    """
+
+    def __init__(self, dataset, mapper: Callable[[dict], dict], *, seed: int, skip_unreadable: bool):
+        """
+        Args:
+            dataset: detectron2's dataset dicts, by index.
+            mapper: makes the model's input of one.
+            seed: of the augmentation.
+            skip_unreadable: whether another image takes the place of one that cannot be read; the mapped dict then
+                names those left out under ``unreadable_files``.
+        """
+        self.dataset = dataset
+        self.mapper = mapper
+        self.seed = seed
+        self.skip_unreadable = skip_unreadable
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        place, index = key
+        unreadable: list[str] = []
+        with seeded(self.seed, place):
+            for _ in range(_ATTEMPTS):
+                record = self.dataset[index]
+                try:
+                    mapped = self.mapper(record)
+                except (OSError, ValueError, SyntaxError) as error:  # PIL raises all three for damaged files
+                    name = str(record.get("file_name", record.get("image_id")))
+                    if not self.skip_unreadable:
+                        raise UnreadableImageError(
+                            f"{name} cannot be used: {type(error).__name__}: {error}. Repair or remove it, or set "
+                            'DATALOADER.UNREADABLE_IMAGES "skip".'
+                        ) from error
+                    unreadable.append(name)
+                    index = random.randrange(len(self.dataset))
+                    continue
+                if unreadable:
+                    mapped["unreadable_files"] = unreadable
+                return mapped
+        raise UnreadableImageError(f"{_ATTEMPTS} images in a row cannot be used, the last is {unreadable[-1]}.")

@@ -1,0 +1,140 @@
+"""One training step: mixed precision, gradient accumulation, and what happens when numbers go bad."""
+
+import contextlib
+import logging
+import math
+import time
+
+import numpy as np
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["TrainStep", "autocast"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_SKIPS_IN_A_ROW = 100
+
+
+def autocast(cfg, device: torch.device):
+    """The context of mixed precision by ``cfg.SOLVER.AMP``, for training and inference alike."""
+    return torch.autocast(device.type, dtype=getattr(torch, cfg.SOLVER.AMP.PRECISION), enabled=cfg.SOLVER.AMP.ENABLED)
+
+
+def step_seed(seed: int, iteration: int, rank: int) -> int:
+    """The seed of one step's random numbers (the denoising queries' noise) on one process."""
+    return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1)[0])
+
+
+class TrainStep(SimpleTrainer):
+    """detectron2's step, in place of its SimpleTrainer and AMPTrainer.
+
+    Every step starts from random numbers of its own, a function of the seed, the iteration and the process.
+    """
+
+    def __init__(self, cfg, model, data_loader, optimizer):
+        super().__init__(model, data_loader, optimizer)
+        self.inner = model.module if isinstance(model, DistributedDataParallel) else model
+        self.device = next(model.parameters()).device
+        self.autocast = lambda: autocast(cfg, self.device)
+        use_scaler = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=use_scaler)
+        self.accumulation_steps = cfg.SOLVER.ACCUMULATION_STEPS
+        self.skip_non_finite = cfg.SOLVER.NON_FINITE == "skip"
+        self.skips_in_a_row = 0
+        self.max_unreadable = cfg.DATALOADER.MAX_UNREADABLE_IMAGES
+        self.unreadable: set[str] = set()
+
+    def run_step(self):
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        self._count_unreadable(data)
+        torch.manual_seed(step_seed(self.data_loader.batch_sampler.seed, self.iter, comm.get_rank()))
+        self.optimizer.zero_grad()
+        losses = self._backward(data)
+        self.after_backward()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)  # measures, and clips nothing
+        finite = torch.stack([norm, *losses.values()]).isfinite().tolist()
+        # With a scaler, gradients that overflow are part of its search for a scale: it leaves out the step by itself.
+        if all(finite[1:]) and (finite[0] or self.scaler.is_enabled()):
+            self._write_metrics(losses, data_time)
+            self.skips_in_a_row = 0
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self._handle_non_finite(losses, norm, data)
+
+    def _backward(self, data: list[dict]) -> dict[str, torch.Tensor]:
+        """Accumulate the gradients of all parts of the batch; return the whole batch's losses."""
+        if self.accumulation_steps > len(data):
+            raise ValueError(
+                f"SOLVER.ACCUMULATION_STEPS is {self.accumulation_steps}, more than the {len(data)} images that each "
+                "process has a step (SOLVER.IMS_PER_BATCH divided by the processes)."
+            )
+        parts = [data[i :: self.accumulation_steps] for i in range(self.accumulation_steps)]
+        options = {}
+        if self.accumulation_steps > 1 and hasattr(self.inner, "loss_normalizers"):
+            options["normalizers"] = self.inner.loss_normalizers(parts)
+        share = 1.0 if options else 1 / self.accumulation_steps
+        losses: dict[str, torch.Tensor] = {}
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            wait = isinstance(self.model, DistributedDataParallel) and not last
+            with self.model.no_sync() if wait else contextlib.nullcontext():
+                with self.autocast():
+                    part_losses = {name: loss * share for name, loss in self.model(part, **options).items()}
+                self.scaler.scale(sum(part_losses.values())).backward()
+            for name, loss in part_losses.items():
+                losses[name] = losses.get(name, 0) + loss.detach()
+        return losses
+
+    def _handle_non_finite(self, losses: dict[str, torch.Tensor], norm: torch.Tensor, data: list[dict]) -> None:
+        """Stop, or leave this step out, by config; gradients are the same on every process, and so is the decision."""
+        values = ", ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())
+        names = ", ".join(str(inputs.get("file_name", inputs.get("image_id"))) for inputs in data)
+        message = (
+            f"Iteration {self.iter}: a loss or gradient is not finite (gradient norm {norm.item():.4g}; {values}). "
+            f"Images: {names}."
+        )
+        self.skips_in_a_row += 1
+        if not self.skip_non_finite or self.skips_in_a_row > _MOST_SKIPS_IN_A_ROW:
+            raise FloatingPointError(
+                f"{message} Lower SOLVER.BASE_LR, look at these images and their boxes, or leave such steps out with "
+                'SOLVER.NON_FINITE "skip".'
+            )
+        logger.warning("%s The step is left out.", message)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+
+    def _count_unreadable(self, data: list[dict]) -> None:
+        new = {name for inputs in data for name in inputs.get("unreadable_files", [])} - self.unreadable
+        if not new:
+            return
+        self.unreadable |= new
+        get_event_storage().put_scalar("unreadable_images", len(self.unreadable), smoothing_hint=False)
+        logger.warning(
+            "Images that cannot be used: %d until now, new: %s.", len(self.unreadable), ", ".join(sorted(new))
+        )
+        if len(self.unreadable) > self.max_unreadable:
+            raise RuntimeError(
+                f"{len(self.unreadable)} images cannot be used, more than DATALOADER.MAX_UNREADABLE_IMAGES "
+                f"({self.max_unreadable}): repair the dataset (tools/check_dataset.py lists them), or raise the limit."
+            )
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        state["scaler"] = self.scaler.state_dict()
+        state["unreadable"] = sorted(self.unreadable)
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        if state_dict.get("scaler"):
+            self.scaler.load_state_dict(state_dict["scaler"])
+        self.unreadable = set(state_dict.get("unreadable", []))

@@ -1,0 +1,181 @@
+"""detectron2's trainer with this project's data, optimizer, steps and checkpoints, and the evaluation of a checkpoint."""
+
+import json
+import logging
+import math
+import os
+import weakref
+
+import torch
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..checkpoint import CheckedCheckpointer
+from ..data import build_test_loader, build_train_loader
+from ..solver import build_optimizer
+from .train_step import TrainStep, autocast
+
+__all__ = ["Trainer", "evaluate"]
+
+logger = logging.getLogger(__name__)
+
+
+class KeepBest(HookBase):
+    """Keeps the evaluated weights with the best AP in ``model_best.pth``, with that AP; a resumed run reads it there.
+
+    Comes after the evaluation. Unlike detectron2's BestCheckpointer it does not forget the best when a run is resumed, and
+    does not mark its file as the one to resume from.
+    """
+
+    def __init__(self, checkpointer: CheckedCheckpointer, period: int, metric: str = "bbox/AP"):
+        self.checkpointer = checkpointer
+        self.period = period
+        self.metric = metric
+        self.best = -math.inf
+
+    def before_train(self):
+        path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
+        if self.trainer.start_iter > 0 and PathManager.isfile(path):
+            self.best = torch.load(path, map_location="cpu", weights_only=True)["metric"]
+
+    def after_step(self):
+        next_iter = self.trainer.iter + 1
+        if self.period > 0 and next_iter % self.period == 0 and next_iter != self.trainer.max_iter:
+            self._keep()
+
+    def after_train(self):
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._keep()
+
+    def _keep(self):
+        value, iteration = self.trainer.storage.latest().get(self.metric, (math.nan, -1))
+        if value > self.best:  # never true of NaN
+            self.best = value
+            self.checkpointer.save("model_best", iteration=iteration, metric=value, tag=False)
+            logger.info(
+                "Best %s until now, %.2f at iteration %d: kept in model_best.pth.", self.metric, value, iteration
+            )
+
+
+class UpdateAverage(HookBase):
+    """Updates the exponential moving average of the weights after each step."""
+
+    def after_step(self):
+        self.trainer.average.update_parameters(self.trainer.inner_model)
+
+
+class Trainer(DefaultTrainer):
+    """Train by config.
+
+    Attributes:
+        average: the exponential moving average of the model, if ``SOLVER.EMA.ENABLED``, else None. It is what is evaluated
+            and kept as the best.
+    """
+
+    def __init__(self, cfg):
+        # In place of DefaultTrainer.__init__, which knows two kinds of steps and CUDA's DistributedDataParallel only.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        self.inner_model = model
+        devices = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
+        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        self._trainer = TrainStep(cfg, model, data_loader, optimizer)
+        self.average = None
+        checkpointables = {}
+        if cfg.SOLVER.EMA.ENABLED:
+            self.average = AveragedModel(self.inner_model, multi_avg_fn=get_ema_multi_avg_fn(cfg.SOLVER.EMA.DECAY))
+            checkpointables["average"] = self.average
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = CheckedCheckpointer(
+            model, cfg.OUTPUT_DIR, complete=False, trainer=weakref.proxy(self), **checkpointables
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    @property
+    def evaluated_model(self) -> torch.nn.Module:
+        return self.inner_model if self.average is None else self.average.module
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        """detectron2's, in the config's precision; the results are also written to OUTPUT_DIR/evaluation.json."""
+        with autocast(cfg, next(model.parameters()).device):
+            results = super().test(cfg, model, evaluators)
+        if comm.is_main_process():
+            with PathManager.open(os.path.join(cfg.OUTPUT_DIR, "evaluation.json"), "w") as f:
+                json.dump({"datasets": list(cfg.DATASETS.TEST), "results": results}, f, indent=1)
+        return results
+
+    def build_hooks(self):
+        cfg = self.cfg
+        result = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if self.average is not None:
+            result.append(UpdateAverage())
+        # The checkpoint before the evaluation, so that a failure there loses nothing.
+        if comm.is_main_process():
+            result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+        if cfg.DATASETS.TEST:
+            result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
+            if comm.is_main_process():
+                best = CheckedCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR, complete=False)
+                result.append(KeepBest(best, cfg.TEST.EVAL_PERIOD))
+        if comm.is_main_process():
+            result.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return result
+
+    def _evaluate(self) -> dict:
+        self._last_eval_results = self.test(self.cfg, self.evaluated_model)
+        return self._last_eval_results
+
+    def resume_or_load(self, resume=True):
+        self.checkpointer.complete = resume and self.checkpointer.has_checkpoint()
+        super().resume_or_load(resume)
+        self.data_loader.batch_sampler.start = self.start_iter
+        if self.average is not None and not self.start_iter:
+            self.average.module.load_state_dict(self.inner_model.state_dict())
+
+    def state_dict(self):
+        return {**super().state_dict(), "seed": self.data_loader.batch_sampler.seed}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.data_loader.batch_sampler.seed = self.data_loader.dataset.seed = state_dict["seed"]
+
+
+def evaluate(cfg) -> dict:
+    """Evaluate ``MODEL.WEIGHTS`` on ``DATASETS.TEST``; with ``SOLVER.EMA.ENABLED``, the averaged weights in it."""
+    model = Trainer.build_model(cfg)
+    if not cfg.MODEL.WEIGHTS:
+        logger.warning("MODEL.WEIGHTS is empty: evaluating RANDOM weights. Name a checkpoint: MODEL.WEIGHTS PATH.")
+    CheckedCheckpointer(model, complete=True, use_average=cfg.SOLVER.EMA.ENABLED).load(cfg.MODEL.WEIGHTS)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
