@@ -10,6 +10,7 @@ detectron2 from there instead of from its repository.
 """
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +22,8 @@ DETECTRON2_REPOSITORY = "https://github.com/facebookresearch/detectron2"
 
 def detectron2_requirement() -> list[str]:
     """The requirement that brings detectron2, if it is not there."""
-    if find_spec("detectron2") is not None:
+    installed = find_spec("detectron2")
+    if installed is not None and installed.origin is not None:  # not just a folder of that name
         return []
     given = os.environ.get("DETECTRON2", "").strip()
     if not given:
@@ -31,6 +33,12 @@ def detectron2_requirement() -> list[str]:
         return [f"detectron2 @ {path.resolve().as_uri()}"]
     return [given if given.startswith("detectron2") else f"detectron2 @ {given}"]
 
+
+if find_spec("torch") is None:
+    sys.exit(
+        "samdetr: torch is missing here, which building detectron2 needs. Install it first and build without isolation: "
+        'pip install "setuptools<82" wheel ninja torch torchvision && pip install --no-build-isolation -e .'
+    )
 
 DEMO = ["scikit-learn", "opencv-python-headless"]  # the embedded dataset; detectron2's Visualizer
 

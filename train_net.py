@@ -18,11 +18,13 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 import samdetr
-from samdetr.checks import UserError, check_config, merge_options
+from samdetr.checks import check_config, merge_options
 from samdetr.data import register_coco_format
 from samdetr.engine import Trainer, evaluate
+from samdetr.errors import UserError
 
 logger = logging.getLogger("detectron2")
 
@@ -40,13 +42,13 @@ def read_config(args):
             f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} CUDA devices."
         )
     cfg.freeze()
-    check_config(cfg, training=not args.eval_only)
     earlier = any(Path(cfg.OUTPUT_DIR).glob("model_*.pth"))
     if earlier and not (args.resume or args.eval_only):
         raise UserError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds the checkpoints of an earlier run: continue it with --resume, or name "
             "another OUTPUT_DIR."
         )
+    check_config(cfg, training=not args.eval_only, resuming=earlier and args.resume)
     return cfg
 
 
@@ -56,11 +58,15 @@ def main(args, cfg):
     torch.set_flush_denormal(True)
     register_coco_format(cfg)
     default_setup(cfg, args)
-    if args.eval_only:
-        return evaluate(cfg)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="samdetr")
+    try:
+        if args.eval_only:
+            return evaluate(cfg)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    except UserError as error:
+        sys.exit(f"error: {error}" if comm.is_main_process() else 1)
 
 
 def run(args):
@@ -99,3 +105,5 @@ if __name__ == "__main__":
         run(default_argument_parser().parse_args())
     except UserError as error:
         sys.exit(f"error: {error}")
+    except torch.multiprocessing.ProcessExitedException as error:
+        sys.exit(error.exit_code)  # the process has said why

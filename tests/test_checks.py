@@ -6,7 +6,8 @@ from conftest import ROOT, tiny_config, tiny_model
 from detectron2.config import get_cfg
 
 import samdetr
-from samdetr.checks import UserError, check_config, check_loaded, check_weights_file, merge_options
+from samdetr.checks import check_config, check_loaded, check_weights_file, merge_options
+from samdetr.errors import UserError
 
 
 def new_config():

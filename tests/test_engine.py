@@ -13,9 +13,9 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from samdetr.checkpoint import CheckedCheckpointer
-from samdetr.checks import UserError
 from samdetr.engine import Trainer
 from samdetr.engine.train_step import TrainStep, step_seed
+from samdetr.errors import UserError
 
 BATCH = [
     make_input(64, 64, [(10, 12, 40, 50), (30, 5, 62, 33)], [3, 7], file_name="a.jpg"),
@@ -48,7 +48,7 @@ def frozen_statistics(model):
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
-            module.train = lambda mode=True: module
+            module.train = lambda mode=True, module=module: module
     return model
 
 

@@ -83,7 +83,7 @@ def test_variants_are_recognised(name, file_name, extra, expected):
 def test_other_files_are_refused_with_the_reason(content, message, tmp_path):
     from convert_checkpoint import convert
 
-    from samdetr.checks import UserError
+    from samdetr.errors import UserError
 
     source = tmp_path / "source.pth"
     if isinstance(content, str):

@@ -1,13 +1,16 @@
 """train_net.py as a user runs it: train, evaluate, resume, and mistakes."""
 
 import json
+import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from conftest import ROOT, subprocess_environment
+from conftest import ROOT, subprocess_environment, tiny_model
 
 CONFIG = ["--config-file", str(ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml")]
 
@@ -44,7 +47,7 @@ def test_training_writes_checkpoints_metrics_and_logs(finished_run):
     last = metrics_of(folder)[-1]  # detectron2 writes the final evaluation after the sixth step
     assert last["iteration"] == 6 and "bbox/AP" in last and last["total_loss"] > 0
     assert "eta: " in result.stdout + result.stderr
-    assert set(torch.load(folder / "model_best.pth", weights_only=True)) == {"model", "iteration"}
+    assert set(torch.load(folder / "model_best.pth", weights_only=True)) == {"model", "iteration", "metric"}
 
 
 @pytest.mark.slow
@@ -53,6 +56,8 @@ def test_eval_only_gives_the_reported_ap(finished_run, tmp_path):
     evaluated = train_net("--eval-only", "MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     assert ap_of(evaluated) == ap_of(trained)
+    results = [json.loads((run / "evaluation.json").read_text())["results"] for run in (folder, tmp_path)]
+    assert results[0]["bbox"] == pytest.approx(results[1]["bbox"], abs=0, nan_ok=True)
 
 
 @pytest.mark.slow
@@ -70,6 +75,75 @@ def test_resume_goes_on_where_training_stopped(finished_run, tmp_path):
     assert state["iteration"] == 5
     optimizer = state["trainer"]["_trainer"]["optimizer"]
     assert all(entry["step"] == 6 for entry in optimizer["state"].values())
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumed_ends_as_one_that_was_not(tmp_path):
+    """kill -9 at some moment after the second checkpoint, whatever the run is doing then."""
+    options = ["SOLVER.MAX_ITER", 40, "SOLVER.STEPS", "(30,)", "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 0]
+    options += ["DATASETS.TEST", "()", "SOLVER.EMA.ENABLED", True]
+    whole = train_net("OUTPUT_DIR", tmp_path / "whole", *options)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    command = [sys.executable, str(ROOT / "train_net.py"), *CONFIG, "OUTPUT_DIR", str(tmp_path / "killed")]
+    command += list(map(str, options))
+    process = subprocess.Popen(
+        command, env=subprocess_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "killed" / "model_0000005.pth").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model_final.pth").exists()
+    resumed = train_net("--resume", "OUTPUT_DIR", tmp_path / "killed", *options)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "Resuming from" in (tmp_path / "killed" / "log.txt").read_text()
+    states = [torch.load(tmp_path / run / "model_final.pth", weights_only=True) for run in ("whole", "killed")]
+    for part in ("model", "average"):
+        for name, value in states[0][part].items():
+            assert torch.equal(value, states[1][part][name]), name
+
+
+@pytest.mark.slow
+def test_what_this_package_says_is_in_the_log_file(shapes_root, tmp_path):
+    """A dataset named in the config, with a box that has to be dropped, and weights for other classes."""
+    data = json.loads((shapes_root / "annotations.json").read_text())
+    data["annotations"][0]["bbox"] = [5, 5, 0, 10]
+    (tmp_path / "bad.json").write_text(json.dumps(data))
+    model = tiny_model("MODEL.SAMDETR.DECODER.NUM_LAYERS", 2)
+    torch.save({"model": model.state_dict()}, tmp_path / "ten.pth")
+    options = [
+        *(
+            "DATASETS.COCO_FORMAT",
+            f"[['bad', '{tmp_path / 'bad.json'}', '{shapes_root}']]",
+            "DATASETS.TRAIN",
+            "('bad',)",
+        ),
+        *("DATASETS.TEST", "()", "MODEL.SAMDETR.NUM_CLASSES", 2, "MODEL.WEIGHTS", tmp_path / "ten.pth"),
+        *("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()"),
+    ]
+    result = train_net(*options, "OUTPUT_DIR", tmp_path / "run")
+    assert result.returncode == 0, result.stderr[-3000:]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "Boxes dropped: width or height not positive: 1, the first in" in log
+    assert "was trained with another number of classes: decoder.class_heads.0.bias" in log
+
+
+@pytest.mark.slow
+def test_evaluating_a_pretrained_backbone_is_refused(tmp_path):
+    weights = {"stem.conv1.weight": torch.zeros(8, 3, 7, 7).numpy()}
+    with open(tmp_path / "R-50.pkl", "wb") as f:
+        pickle.dump({"model": weights, "__author__": "torchvision", "matching_heuristics": True}, f)
+    result = train_net("--eval-only", "MODEL.WEIGHTS", tmp_path / "R-50.pkl", "OUTPUT_DIR", tmp_path)
+    assert result.returncode == 1
+    assert "holds a pretrained backbone, not a trained detector" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_evaluating_without_weights_warns_loudly(tmp_path):
+    result = train_net("--eval-only", "OUTPUT_DIR", tmp_path)
+    assert result.returncode == 0
+    assert "evaluating RANDOM weights" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.slow

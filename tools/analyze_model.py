@@ -27,8 +27,9 @@ from tabulate import tabulate
 from torch import nn
 
 import samdetr
-from samdetr.checks import UserError, check_config, merge_options
+from samdetr.checks import check_config, merge_options
 from samdetr.data import build_test_loader
+from samdetr.errors import UserError
 from samdetr.roi_align import roi_align
 
 # Params (M) and GFLOPs of the paper's Table 1 (GFLOPs: means over COCO images), by family; the same with SMCA and DN.
@@ -63,6 +64,11 @@ def attention_flops(inputs: list, outputs: list) -> Counter:
     return Counter({"attention": products})
 
 
+def matmul_flops(inputs: list, outputs: list) -> Counter:
+    """Multiply-adds of a matrix product, broadcast dimensions included (fvcore's own handler leaves those out)."""
+    return Counter({"matmul": int(np.prod(get_shape(outputs[0]))) * get_shape(inputs[0])[-1]})
+
+
 def pooled_zeros(features, boxes, valid_size, output_size):
     """In the place of RoIAlign, free of cost."""
     return features.new_zeros(*boxes.shape[:2], output_size, output_size, features.shape[-1])
@@ -83,6 +89,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> Counter:
         with mock.patch("samdetr.semantics_aligner.roi_align", pooling):
             analysis = FlopCountAnalysis(ImageModel(model, (height, width)), (image,))
             analysis.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
+            analysis.set_op_handle("aten::matmul", matmul_flops)
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
             counted.append(analysis.by_module())
     modules, without_roi_align = counted

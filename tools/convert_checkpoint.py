@@ -18,7 +18,8 @@ from detectron2.modeling import build_model
 
 import samdetr
 from samdetr.checkpoint import convert_published_state_dict
-from samdetr.checks import UserError, check_loaded
+from samdetr.checks import check_loaded
+from samdetr.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,14 +103,17 @@ def convert(source: Path, target: Path, num_classes: int, allow_pickle: bool) ->
         config, told = recognise(state_dict, checkpoint, source.name)
     except KeyError as error:
         raise UserError(f"{source} is not a published SAM-DETR checkpoint: it lacks the parameter {error}.") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source} cannot be converted: {error}") from error
     cfg = get_cfg()
     samdetr.add_samdetr_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs" / f"{config}.yaml"))
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.SAMDETR.NUM_CLASSES", num_classes])
     model = build_model(cfg)
-    check_loaded(str(source), model, converted, complete=True)
+    try:
+        check_loaded(str(source), model, converted, complete=True)
+    except UserError as error:
+        raise UserError(f"{source} is not of a variant that this tool knows (tried configs/{config}.yaml).") from error
     extra = sorted(set(converted) - set(model.state_dict()))
     if extra:
         raise UserError(f"{source} has parameters that configs/{config}.yaml lacks, for example {extra[0]}.")

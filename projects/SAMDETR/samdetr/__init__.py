@@ -1,6 +1,6 @@
 """SAM-DETR++ for detectron2. Importing this package registers everything; see the project's README."""
 
-from . import backbone, data
+from . import backbone, checkpoint, data, solver
 from .config import add_samdetr_config
 from .cross_attention import CROSS_ATTENTION_REGISTRY
 from .encoder import ENCODER_REGISTRY
@@ -18,5 +18,7 @@ __all__ = [
     "SEMANTICS_ALIGNER_REGISTRY",
     "add_samdetr_config",
     "backbone",
+    "checkpoint",
     "data",
+    "solver",
 ]

@@ -8,6 +8,8 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet, build_resnet_backbone
 from torch import nn
 
+from .errors import UserError
+
 __all__ = ["build_mini_resnet_backbone", "build_resnet_dc5_backbone"]
 
 
@@ -21,7 +23,7 @@ def build_resnet_dc5_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
         ValueError: ``MODEL.RESNETS.RES5_DILATION`` is not 2.
     """
     if cfg.MODEL.RESNETS.RES5_DILATION != 2:
-        raise ValueError(
+        raise UserError(
             f"MODEL.RESNETS.RES5_DILATION is {cfg.MODEL.RESNETS.RES5_DILATION}: build_resnet_dc5_backbone needs 2."
         )
     resnet = build_resnet_backbone(cfg, input_shape)

@@ -13,14 +13,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
-from .checks import UserError, check_loaded, check_weights_file
+from .checks import check_loaded, check_weights_file, class_parameters
+from .errors import UserError
 
 __all__ = ["CheckedCheckpointer", "convert_published_state_dict"]
 
 logger = logging.getLogger(__name__)
-
-# Parameters whose first dimension follows from the number of classes.
-_CLASS_PARAMETERS = r"decoder\.class_heads\.\d+\.(weight|bias)|query_generator\.label_embedding\.weight"
 
 
 class CheckedCheckpointer(DetectionCheckpointer):
@@ -114,15 +112,17 @@ class CheckedCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def _load_model(self, checkpoint: dict):
-        # Files with matching heuristics hold a backbone in names of their own, which detectron2 aligns and reports.
         if not checkpoint.get("matching_heuristics", False):
             check_loaded(self._path, self.model, checkpoint["model"], complete=self.complete)
-        incompatible = super()._load_model(checkpoint)
-        anew = [name for name, *_ in incompatible.incorrect_shapes if re.search(_CLASS_PARAMETERS, name)]
-        if anew:
-            logger.warning(
-                "%s was trained with another number of classes: %s start anew.", self._path, ", ".join(sorted(anew))
+        elif self.complete:
+            raise UserError(
+                f"{self._path} holds a pretrained backbone, not a trained detector: name a checkpoint of this model in "
+                "MODEL.WEIGHTS."
             )
+        incompatible = super()._load_model(checkpoint)
+        anew = class_parameters(name for name, *_ in incompatible.incorrect_shapes)
+        if anew:
+            logger.warning("%s was trained with another number of classes: %s start anew.", self._path, ", ".join(anew))
         return incompatible
 
 

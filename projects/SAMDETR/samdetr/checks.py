@@ -3,6 +3,7 @@
 import difflib
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable
 
@@ -14,15 +15,13 @@ from detectron2.utils.file_io import PathManager
 
 from .cross_attention import CROSS_ATTENTION_REGISTRY
 from .data.coco_format import register_coco_format
+from .data.digits import DIGITS_DATASETS
 from .encoder import ENCODER_REGISTRY
+from .errors import UserError
 from .query_generator import QUERY_GENERATOR_REGISTRY
 from .semantics_aligner import SEMANTICS_ALIGNER_REGISTRY
 
-__all__ = ["UserError", "check_config", "check_loaded", "check_weights_file", "merge_options"]
-
-
-class UserError(Exception):
-    """A mistake in what the user gave us; the message says what it is and what to do, and needs no traceback."""
+__all__ = ["check_config", "check_loaded", "check_weights_file", "merge_options"]
 
 
 def _suggest(name: str, choices: Iterable[str]) -> str:
@@ -65,12 +64,13 @@ def merge_options(cfg: CfgNode, config_file: str, options: list[str]) -> None:
         raise UserError(f"{source}: {type(error).__name__}: {error}") from error
 
 
-def check_config(cfg: CfgNode, *, training: bool) -> None:
+def check_config(cfg: CfgNode, *, training: bool, resuming: bool = False) -> None:
     """Check what a run needs: registered names, divisibility, datasets and their classes, the weights file.
 
     Args:
         cfg: the full config.
         training: whether the run trains (else it only evaluates).
+        resuming: whether it goes on from a checkpoint of its own, so that ``MODEL.WEIGHTS`` is not used.
 
     Raises:
         UserError: naming the key, what was found, and what to do.
@@ -79,10 +79,7 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
     _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
     if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
         _check_model(cfg.MODEL.SAMDETR)
-    try:
-        register_coco_format(cfg)
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
+    register_coco_format(cfg)
     if training:
         _check_solver(cfg)
     if training and not cfg.DATASETS.TRAIN:
@@ -93,7 +90,8 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
     for key, names in (("DATASETS.TRAIN", train_names), ("DATASETS.TEST", cfg.DATASETS.TEST)):
         for name in names:
             _check_dataset(key, name, cfg)
-    check_weights_file(cfg.MODEL.WEIGHTS)
+    if not resuming:
+        check_weights_file(cfg.MODEL.WEIGHTS)
 
 
 def _check_name(key: str, name: str, registry) -> None:
@@ -138,13 +136,22 @@ def _check_model(node: CfgNode) -> None:
         ("CROSS_ATTENTION", CROSS_ATTENTION_REGISTRY),
     ):
         _check_name(f"MODEL.SAMDETR.{key}.NAME", node[key].NAME, registry)
-    for key, least in (("NUM_CLASSES", 1), ("NUM_QUERIES", 1), ("HIDDEN_DIM", 4), ("NUM_HEADS", 1)):
-        if node[key] < least:
-            raise UserError(f"MODEL.SAMDETR.{key} is {node[key]}: it must be at least {least}.")
+    for key, value, least in (
+        ("NUM_CLASSES", node.NUM_CLASSES, 1),
+        ("NUM_QUERIES", node.NUM_QUERIES, 1),
+        ("HIDDEN_DIM", node.HIDDEN_DIM, 4),
+        ("NUM_HEADS", node.NUM_HEADS, 1),
+        ("DECODER.NUM_LAYERS", node.DECODER.NUM_LAYERS, 1),
+        ("ENCODER.NUM_LAYERS", node.ENCODER.NUM_LAYERS, 0),
+        ("ALIGNER.POOLED_SIZE", node.ALIGNER.POOLED_SIZE, 1),
+        ("ALIGNER.REDUCTION", node.ALIGNER.REDUCTION, 1),
+        ("PROJECTION_NUM_GROUPS", node.PROJECTION_NUM_GROUPS, 0),
+    ):
+        if value < least:
+            raise UserError(f"MODEL.SAMDETR.{key} is {value}: it must be at least {least}.")
     for divisor_key, divisor in (
         ("MODEL.SAMDETR.NUM_HEADS", node.NUM_HEADS),
         ("MODEL.SAMDETR.PROJECTION_NUM_GROUPS", node.PROJECTION_NUM_GROUPS or 1),
-        ("MODEL.SAMDETR.ALIGNER.REDUCTION", node.ALIGNER.REDUCTION),
         ("4 (sines and cosines of x and y)", 4),
     ):
         if node.HIDDEN_DIM % divisor:
@@ -163,13 +170,15 @@ def _check_dataset(key: str, name: str, cfg: CfgNode) -> None:
         )
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")
-    if json_file and not name.startswith("digits_") and not PathManager.isfile(json_file):
-        root = os.getenv("DETECTRON2_DATASETS", "datasets")
-        raise UserError(
-            f"{key} names {name!r}, whose annotation file {os.path.abspath(json_file)} does not exist. detectron2's "
-            f"datasets are looked for below DETECTRON2_DATASETS, now {os.path.abspath(root)}: set it to the folder that "
-            "holds them (for COCO, the folder above coco/)."
-        )
+    made_when_loaded = name in DIGITS_DATASETS
+    for what, path in (("annotation file", json_file), ("image folder", metadata.get("image_root"))):
+        if path and not made_when_loaded and not PathManager.exists(path):
+            root = os.getenv("DETECTRON2_DATASETS", "datasets")
+            raise UserError(
+                f"{key} names {name!r}, whose {what} {os.path.abspath(path)} does not exist. detectron2's datasets are "
+                f"looked for below DETECTRON2_DATASETS, now {os.path.abspath(root)}: set it to the folder that holds them "
+                "(for COCO, the folder above coco/)."
+            )
     if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
         if metadata.get("thing_classes") is None:
             DatasetCatalog.get(name)  # a COCO-format dataset learns its classes when it is loaded
@@ -211,6 +220,15 @@ def check_weights_file(path: str) -> None:
         ) from error
 
 
+# Parameters whose first dimension follows from the number of classes.
+_CLASS_PARAMETERS = re.compile(r"decoder\.class_heads\.\d+\.(weight|bias)|query_generator\.label_embedding\.weight")
+
+
+def class_parameters(names: Iterable[str]) -> list[str]:
+    """Those of the parameters that depend on the number of classes."""
+    return sorted(name for name in names if _CLASS_PARAMETERS.fullmatch(name))
+
+
 def check_loaded(path: str, model: torch.nn.Module, state_dict: dict, *, complete: bool) -> None:
     """Check that a checkpoint fits a model.
 
@@ -218,25 +236,35 @@ def check_loaded(path: str, model: torch.nn.Module, state_dict: dict, *, complet
         path: of the checkpoint, for the message.
         model: the model.
         state_dict: the checkpoint's ``model`` entry, in this project's names.
-        complete: whether every parameter must come from the checkpoint (evaluation), or any will do (initialisation).
+        complete: whether every parameter must come from the checkpoint (evaluation). Else the file may hold a part of the
+            model, such as its backbone, and other numbers of classes; but what it holds of the model must fit.
 
     Raises:
         UserError: it does not fit.
     """
+    foreign = [name for name, value in state_dict.items() if not hasattr(value, "shape")]
+    if foreign:
+        raise UserError(
+            f"{path} is not a checkpoint of this project: beside tensors it has the entries {', '.join(foreign[:5])}. It "
+            'needs an entry "model" with the parameters; tools/convert_checkpoint.py converts the authors\' files.'
+        )
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     shapes = {name.removeprefix("module."): tuple(value.shape) for name, value in state_dict.items()}
-    fitting = [name for name, shape in own.items() if shapes.get(name) == shape]
-    if complete and len(fitting) < len(own):
-        wrong = [name for name in own if name not in fitting]
+    fitting = {name for name, shape in own.items() if shapes.get(name) == shape}
+    wrong = [name for name in own if name not in fitting and (complete or name in shapes)]
+    if not complete:
+        anew = class_parameters(wrong)
+        wrong = [name for name in wrong if name not in anew or shapes[name][1:] != own[name][1:]]
+    if wrong:
         name = next((name for name in wrong if name in shapes), wrong[0])
         found = f"has shape {shapes[name]} in the file" if name in shapes else "is not in the file"
         raise UserError(
-            f"MODEL.WEIGHTS {path} is of another architecture than the config: {len(wrong)} of {len(own)} parameters do "
+            f"{path} is of another architecture than the config: {len(wrong)} of {len(own)} parameters do "
             f"not fit; {name}, of shape {own[name]} in the model, {found}. Use the config that the checkpoint was trained "
             "with (config.yaml beside it)."
         )
     if not fitting:
         raise UserError(
-            f"MODEL.WEIGHTS {path} has no parameter that fits this model: its first is {next(iter(shapes), None)!r}, the "
+            f"{path} has no parameter that fits this model: its first is {next(iter(shapes), None)!r}, the "
             f"model's {next(iter(own))!r}."
         )

@@ -13,6 +13,7 @@ from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from .errors import UserError
 from .layers import MLP, xavier_uniform_matrices_
 from .structures import AlignedQuery, FeatureLevel
 
@@ -49,7 +50,7 @@ class CrossAttention(nn.Module):
         """
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"MODEL.SAMDETR.NUM_HEADS ({num_heads}) does not divide MODEL.SAMDETR.HIDDEN_DIM ({dim}).")
+            raise UserError(f"MODEL.SAMDETR.NUM_HEADS ({num_heads}) does not divide MODEL.SAMDETR.HIDDEN_DIM ({dim}).")
         self.dim = dim
         self.num_heads = num_heads
         self.query_content = nn.Linear(dim, dim)

@@ -99,15 +99,16 @@ class HungarianMatcher:
         """
         num_layers, _, num_queries = pred_logits.shape[:3]
         costs = [self.cost(pred_logits[:, i], pred_boxes[:, i], target) for i, target in enumerate(targets)]
-        costs = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
+        finite = [pred_logits[:, i].isfinite().all() & pred_boxes[:, i].isfinite().all() for i in range(len(targets))]
+        costs = torch.cat([*(cost.flatten() for cost in costs), torch.stack(finite)]).cpu().numpy()
         images, queries, matched = [], [[] for _ in range(num_layers)], [[] for _ in range(num_layers)]
         start = first_box = 0
         for image, target in enumerate(targets):
             block = costs[start : start + num_layers * num_queries * len(target)]
             block = block.reshape(num_layers, num_queries, len(target))
             start += block.size
-            # A sum is finite if and only if no entry is NaN or infinite (entries are bounded otherwise).
-            if not np.isfinite(block.sum()):
+            # Costs of finite predictions are bounded, so that their sum is finite, too.
+            if not (costs[image - len(targets)] and np.isfinite(block.sum())):
                 if self.stop_on_non_finite:
                     raise NonFinitePredictionError(image)
                 block = np.nan_to_num(block)

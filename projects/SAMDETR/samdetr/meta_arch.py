@@ -14,6 +14,7 @@ from .boxes import xyxy_to_cxcywh
 from .criterion import SetCriterion
 from .decoder import Decoder
 from .encoder import build_encoder
+from .errors import UserError
 from .feature_projection import FeatureProjection
 from .inference import select_detections
 from .matcher import NonFinitePredictionError
@@ -76,14 +77,14 @@ class SAMDETR(nn.Module):
         shapes = backbone.output_shape()
         missing = [name for name in node.IN_FEATURES if name not in shapes]
         if missing or not node.IN_FEATURES:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.SAMDETR.IN_FEATURES is {list(node.IN_FEATURES)}, but the backbone {cfg.MODEL.BACKBONE.NAME} "
                 f"gives {sorted(shapes)}: choose from these, or change what the backbone gives "
                 "(MODEL.RESNETS.OUT_FEATURES for a ResNet)."
             )
         features = [shapes[name] for name in node.IN_FEATURES]
         if any(fine.stride >= coarse.stride for fine, coarse in pairwise(features)):
-            raise ValueError(
+            raise UserError(
                 f"MODEL.SAMDETR.IN_FEATURES {list(node.IN_FEATURES)} have strides {[f.stride for f in features]}: "
                 "name them from the finest to the coarsest."
             )
@@ -193,13 +194,13 @@ class SAMDETR(nn.Module):
         targets = []
         for inputs in batched_inputs:
             if "instances" not in inputs:
-                raise ValueError(f"{name_of(inputs)} has no 'instances', which training needs; an empty one will do.")
+                raise UserError(f"{name_of(inputs)} has no 'instances', which training needs; an empty one will do.")
             instances = inputs["instances"]
             labels, boxes = instances.gt_classes, instances.gt_boxes.tensor.float()
             if not boxes.isfinite().all():
-                raise ValueError(f"{name_of(inputs)} has a box that is not finite: {boxes.tolist()}.")
+                raise UserError(f"{name_of(inputs)} has a box that is not finite: {boxes.tolist()}.")
             if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
-                raise ValueError(
+                raise UserError(
                     f"{name_of(inputs)} has class labels from {labels.min()} to {labels.max()}, but "
                     f"MODEL.SAMDETR.NUM_CLASSES is {self.num_classes}: set it to the dataset's number of classes."
                 )

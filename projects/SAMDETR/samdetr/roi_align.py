@@ -6,8 +6,8 @@ and one for x, so that
 
     pooled[p, q] = sum over i, j of  R[p, i] * F[i, j] * S[q, j]
 
-with a small matrix for each axis. That needs no compiled op, is deterministic forward and backward on every device, and
-lets each image of a batch end where its padding starts. ``torchvision.ops.roi_align`` is the tests' oracle.
+with a small matrix for each axis. That needs no compiled op, is deterministic on the CPU forward and backward, and lets
+each image of a batch end where its padding starts. ``torchvision.ops.roi_align`` is the tests' oracle.
 """
 
 import torch
@@ -34,9 +34,8 @@ def linear_interpolation_weights(coordinates: Tensor, length: int) -> Tensor:
     return torch.where((distance >= -1) & (distance < 1), weights, 0)
 
 
-@torch.no_grad()  # boxes get no gradient through RoIAlign; the features' gradient needs only these weights
 def _bin_weights(start: Tensor, extent: Tensor, valid_length: Tensor, length: int, bins: int) -> Tensor:
-    """One axis of RoIAlign.
+    """One axis of RoIAlign, as weights; called without autograd, since no gradient flows into boxes.
 
     Args:
         start, extent: (B, R), the boxes' lower edge and size along this axis, in pixels (a pixel spans [i, i + 1]).

@@ -11,6 +11,7 @@ from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from .errors import UserError
 from .layers import MLP, xavier_uniform_matrices_
 from .position_encoding import sine_embedding
 from .roi_align import linear_interpolation_weights, roi_align
@@ -68,7 +69,7 @@ class SemanticsAligner(nn.Module):
         """
         super().__init__()
         if dim % reduction:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.SAMDETR.ALIGNER.REDUCTION ({reduction}) does not divide MODEL.SAMDETR.HIDDEN_DIM ({dim})."
             )
         self.dim = dim

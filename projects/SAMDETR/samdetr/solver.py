@@ -3,6 +3,8 @@
 import torch
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 
+from .errors import UserError
+
 __all__ = ["FullModelClippingAdamW", "build_optimizer"]
 
 
@@ -39,7 +41,7 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED and clip.FULL_MODEL:
         if clip.CLIP_TYPE != "norm":
-            raise ValueError(
+            raise UserError(
                 f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}, but FULL_MODEL clips by norm: set CLIP_TYPE "
                 "'norm' or FULL_MODEL False."
             )

@@ -31,7 +31,7 @@ def build_train_loader(cfg) -> DataLoader:
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        wide = [record["width"] > record["height"] for record in records]
+        wide = [record.get("width", 0) > record.get("height", 0) for record in records]
     dataset = SampledDataset(
         DatasetFromList(records, copy=False),  # serialised, so that workers share it
         DetrDatasetMapper(cfg, is_train=True),
@@ -63,7 +63,8 @@ def clean_annotations(dataset_dicts: list[dict]) -> list[dict]:
     """Drop boxes that nothing can be learned from, clip those that reach over the image, and log how many.
 
     Args:
-        dataset_dicts: detectron2's standard dataset dicts, with ``height`` and ``width``; not changed.
+        dataset_dicts: detectron2's standard dataset dicts; not changed. Without ``height`` and ``width``, boxes that reach
+            over the right or lower edge are left to the dataset mapper.
 
     Returns:
         The same images in the same order, also those left without boxes; boxes are clipped to the image.
@@ -74,7 +75,8 @@ def clean_annotations(dataset_dicts: list[dict]) -> list[dict]:
     def cleaned(annotation: dict, record: dict) -> dict | None:
         corners = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
         x0, y0, x1, y1 = corners
-        clipped = np.clip(corners, 0, [record["width"], record["height"]] * 2).tolist()
+        size = [record.get("width", np.inf), record.get("height", np.inf)]
+        clipped = np.clip(corners, 0, size * 2).tolist()
         if not np.isfinite(corners).all():
             kind = "dropped: not finite"
         elif x1 <= x0 or y1 <= y0:

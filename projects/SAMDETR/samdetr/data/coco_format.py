@@ -7,6 +7,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from ..errors import UserError
+
 __all__ = ["register_coco_format"]
 
 
@@ -17,26 +19,25 @@ def register_coco_format(cfg) -> None:
         cfg: each entry is (name, annotation file, image folder); class names come from the file's ``categories``.
 
     Raises:
-        ValueError: an entry has another form, or the name belongs to another dataset.
-        FileNotFoundError: the file or the folder does not exist.
+        UserError: an entry has another form, the name belongs to another dataset, or a file or folder does not exist.
     """
     for entry in cfg.DATASETS.COCO_FORMAT:
         if len(entry) != 3 or not all(isinstance(part, str) for part in entry):
-            raise ValueError(
+            raise UserError(
                 f"DATASETS.COCO_FORMAT has the entry {entry!r}: each is [name, annotation file, image folder]."
             )
         name, json_file, image_root = entry
         if name in DatasetCatalog.list():
             known = MetadataCatalog.get(name).get("json_file")
             if known != json_file:
-                raise ValueError(f"DATASETS.COCO_FORMAT: the name {name!r} belongs to {known}: choose another.")
+                raise UserError(f"DATASETS.COCO_FORMAT: the name {name!r} belongs to {known}: choose another.")
             continue
         if not PathManager.isfile(json_file):
-            raise FileNotFoundError(
+            raise UserError(
                 f"DATASETS.COCO_FORMAT: {name}'s annotation file {json_file} does not exist (looked in {os.getcwd()})."
             )
         if not PathManager.isdir(image_root):
-            raise FileNotFoundError(
+            raise UserError(
                 f"DATASETS.COCO_FORMAT: {name}'s image folder {image_root} does not exist (looked in {os.getcwd()})."
             )
         with PathManager.open(json_file) as f:
@@ -44,7 +45,7 @@ def register_coco_format(cfg) -> None:
                 categories = json.load(f)["categories"]
                 names = [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"DATASETS.COCO_FORMAT: {json_file} is not COCO's format ({type(error).__name__}: {error}): it needs "
                     '"images", "annotations" and "categories", each category with "id" and "name".'
                 ) from error

@@ -3,6 +3,8 @@
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 
+from ..errors import UserError
+
 __all__ = ["DetrDatasetMapper", "build_train_augmentation"]
 
 
@@ -49,7 +51,7 @@ class DetrDatasetMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
         if cfg.INPUT.CROP.ENABLED:
-            raise ValueError("INPUT.CROP.ENABLED has no effect here: set it to False and use INPUT.DETR_CROP.")
+            raise UserError("INPUT.CROP.ENABLED has no effect here: set it to False and use INPUT.DETR_CROP.")
         arguments = super().from_config(cfg, is_train)
         if is_train:
             arguments["augmentations"] = build_train_augmentation(cfg)

@@ -21,7 +21,9 @@ from iopath.common.file_io import file_lock
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
-__all__ = ["DIGIT_CLASSES", "register_digits", "write_digits"]
+from ..errors import UserError
+
+__all__ = ["DIGITS_DATASETS", "DIGIT_CLASSES", "register_digits", "write_digits"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ _SPLITS = {
     "train": _Split(num_images=2000, seed=1, scans=slice(0, 1400), columns=slice(0, 440)),
     "val": _Split(num_images=200, seed=2, scans=slice(1400, None), columns=slice(440, None)),
 }
+
+DIGITS_DATASETS = [f"digits_{split}" for split in _SPLITS]
 
 
 def _dataset_paths(root: str, split: str) -> tuple[str, str]:
@@ -137,7 +141,12 @@ def write_digits(root: str) -> None:
         raise ModuleNotFoundError(
             "The embedded dataset is made of scikit-learn's bundled scans and photographs: pip install scikit-learn."
         ) from error
-    os.makedirs(root, exist_ok=True)
+    try:
+        os.makedirs(root, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{root} cannot be made ({error}): set DETECTRON2_DATASETS to a folder that can.") from error
+    if not os.access(root, os.W_OK):
+        raise UserError(f"{root} cannot be written to: set DETECTRON2_DATASETS to a folder that can.")
     with file_lock(target):
         if os.path.isdir(target):  # another process was faster
             return

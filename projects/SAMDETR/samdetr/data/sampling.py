@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from ..errors import UserError
+
 __all__ = ["SampledDataset", "TrainingBatchSampler", "UnreadableImageError", "seeded"]
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class TrainingBatchSampler(Sampler):
             ValueError: the batch cannot be shared evenly.
         """
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"SOLVER.IMS_PER_BATCH ({batch_size}) must be a multiple of the processes ({world_size}).")
+            raise UserError(f"SOLVER.IMS_PER_BATCH ({batch_size}) must be a multiple of the processes ({world_size}).")
         self.size = size
         self.batch_size = batch_size
         self.seed = seed

@@ -60,9 +60,12 @@ class TrainStep(SimpleTrainer):
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)  # measures, and clips nothing
-        finite = torch.stack([norm, *losses.values()]).isfinite().tolist()
         # With a scaler, gradients that overflow are part of its search for a scale: it leaves out the step by itself.
-        if all(finite[1:]) and (finite[0] or self.scaler.is_enabled()):
+        values = list(losses.values()) if self.scaler.is_enabled() else [norm, *losses.values()]
+        finite = torch.stack(values).isfinite().all().float()
+        if comm.get_world_size() > 1:  # all processes decide alike
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        if finite:
             self._write_metrics(losses, data_time)
             self.skips_in_a_row = 0
             self.scaler.step(self.optimizer)
@@ -95,7 +98,7 @@ class TrainStep(SimpleTrainer):
         return losses
 
     def _handle_non_finite(self, losses: dict[str, torch.Tensor], norm: torch.Tensor, data: list[dict]) -> None:
-        """Stop, or leave this step out, by config; gradients are the same on every process, and so is the decision."""
+        """Stop, or leave this step out, by config."""
         values = ", ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())
         names = ", ".join(str(inputs.get("file_name", inputs.get("image_id"))) for inputs in data)
         message = (

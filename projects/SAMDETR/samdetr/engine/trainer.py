@@ -31,7 +31,7 @@ class KeepBest(HookBase):
     does not mark its file as the one to resume from.
     """
 
-    def __init__(self, checkpointer: CheckedCheckpointer, period: int, metric: str = "bbox/AP"):
+    def __init__(self, checkpointer: CheckedCheckpointer, period: int, metric: str):
         self.checkpointer = checkpointer
         self.period = period
         self.metric = metric
@@ -40,7 +40,7 @@ class KeepBest(HookBase):
     def before_train(self):
         path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
         if self.trainer.start_iter > 0 and PathManager.isfile(path):
-            self.best = torch.load(path, map_location="cpu", weights_only=True)["metric"]
+            self.best = torch.load(path, map_location="cpu", weights_only=True).get("metric", -math.inf)
 
     def after_step(self):
         next_iter = self.trainer.iter + 1
@@ -59,6 +59,33 @@ class KeepBest(HookBase):
             logger.info(
                 "Best %s until now, %.2f at iteration %d: kept in model_best.pth.", self.metric, value, iteration
             )
+
+
+def freeze_unused_backbone(model: torch.nn.Module) -> None:
+    """Freeze the backbone's parameters that none of the used features depends on, such as an FPN's other levels.
+
+    They would never get a gradient, and DistributedDataParallel would wait for one.
+    """
+    backbone = getattr(model, "backbone", None)
+    if not hasattr(model, "in_features"):
+        return
+    trainable = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    side = 64 * max(1, backbone.size_divisibility // 64)
+    was_training = backbone.training
+    features = backbone.eval()(torch.zeros(1, 3, side, side, device=model.device))
+    backbone.train(was_training)
+    total = sum(features[name].sum() for name in model.in_features)
+    if not trainable or not total.requires_grad:
+        return
+    gradients = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(trainable, gradients) if gradient is None]
+    for name in unused:
+        trainable[name].requires_grad_(False)
+    if unused:
+        logger.warning(
+            "MODEL.SAMDETR.IN_FEATURES does not use these parameters of the backbone, which stay as they are: %s.",
+            ", ".join(unused),
+        )
 
 
 class UpdateAverage(HookBase):
@@ -84,6 +111,7 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         model = self.build_model(cfg)
+        freeze_unused_backbone(model)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self.inner_model = model
@@ -145,7 +173,9 @@ class Trainer(DefaultTrainer):
             result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
             if comm.is_main_process():
                 best = CheckedCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR, complete=False)
-                result.append(KeepBest(best, cfg.TEST.EVAL_PERIOD))
+                # With several datasets, detectron2 names each result after its dataset; the first one decides.
+                metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
+                result.append(KeepBest(best, cfg.TEST.EVAL_PERIOD, metric))
         if comm.is_main_process():
             result.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return result
