@@ -71,6 +71,12 @@ def test_a_key_that_does_not_exist_in_a_file(tmp_path):
             ["DATASETS.TRAIN", ("coco_2017_train",)],
             r"coco_2017_train.*instances_train2017\.json does not exist.*DETECTRON2_DATASETS, now",
         ),
+        (["MODEL.SAMDETR.ALIGNER.REDUCTION", 0], r"ALIGNER\.REDUCTION is 0: it must be at least 1"),
+        (["SOLVER.NON_FINITE", "ignore"], r"NON_FINITE is 'ignore': choose from 'stop', 'skip'"),
+        (["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "float16"], r"'float16' needs CUDA: use 'bfloat16'"),
+        (["SOLVER.ACCUMULATION_STEPS", 17], r"ACCUMULATION_STEPS is 17: it must be between 1 and .*\(16\)"),
+        (["SOLVER.EMA.DECAY", 1.0], r"EMA\.DECAY is 1\.0: it must be in \[0, 1\)"),
+        (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], r"SAMPLER_TRAIN is 'RepeatFactor"),
         (["MODEL.WEIGHTS", "missing.pth"], r"MODEL\.WEIGHTS missing\.pth: there is no such file"),
     ],
 )
@@ -107,6 +113,10 @@ def test_checkpoints_with_other_objects_say_how_to_go_on(tmp_path):
 def test_checkpoints_of_another_architecture():
     model = tiny_model()
     other = tiny_model("MODEL.SAMDETR.HIDDEN_DIM", 16).state_dict()
+    with pytest.raises(UserError, match="of another architecture"):  # its backbone fits, the rest does not
+        check_loaded("w.pth", model, other, complete=False)
+    with pytest.raises(UserError, match=r"beside tensors it has the entries state_dict, epoch.*convert_checkpoint"):
+        check_loaded("w.pth", model, {"state_dict": {}, "epoch": 1}, complete=False)
     with pytest.raises(UserError, match=r"w\.pth is of another architecture.*of shape .* has shape"):
         check_loaded("w.pth", model, other, complete=True)
     with pytest.raises(UserError, match=r"w\.pth has no parameter that fits.*'foo'"):

@@ -74,6 +74,29 @@ def test_denoising_losses_equal_the_loop():
         assert torch.allclose(found, expected / 8, rtol=1e-4)
 
 
+def test_denoising_gradients_equal_a_plain_formulation():
+    logits, boxes, targets = make_problem((1, 1), layers=1, queries=3 + 2)
+    logits.requires_grad_()
+    boxes.requires_grad_()
+    valid = torch.tensor([[True, True], [True, False]])
+    denoising = DenoisingTargets(torch.randint(4, (2, 2)), torch.rand(2, 2, 4) * 0.5 + 0.2, valid, num_valid=3)
+    losses = make_criterion()(logits, boxes, targets, denoising)
+    sum(loss for name, loss in losses.items() if "_dn_" in name).backward()
+    other_logits, other_boxes = logits.detach().clone().requires_grad_(), boxes.detach().clone().requires_grad_()
+    total = 0.0
+    for image, slot in ((0, 0), (0, 1), (1, 0)):
+        box, target = other_boxes[0, image, 3 + slot], denoising.boxes[image, slot]
+        total = total + 5 * (box - target).abs().sum()
+        total = total + 2 * (1 - generalized_box_iou(cxcywh_to_xyxy(box[None]), cxcywh_to_xyxy(target[None]))[0, 0])
+        p = other_logits[0, image, 3 + slot].sigmoid()
+        positive = torch.arange(4) == denoising.labels[image, slot]
+        total = total + 2 * torch.where(positive, 0.25 * (1 - p) ** 2 * -p.log(), 0.75 * p**2 * -(1 - p).log()).sum()
+    (total / 3).backward()
+    assert torch.allclose(logits.grad, other_logits.grad, atol=1e-5)
+    assert torch.allclose(boxes.grad, other_boxes.grad, atol=1e-4)
+    assert not boxes.grad[0, 1, 4].any()  # the padding slot
+
+
 @pytest.mark.parametrize("with_denoising", [False, True])
 def test_without_boxes_every_loss_is_finite_and_reaches_every_prediction(with_denoising):
     logits, boxes, targets = make_problem((0, 0))

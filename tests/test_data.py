@@ -15,9 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from samdetr.data import DetrDatasetMapper, build_test_loader, build_train_loader, clean_annotations
+from samdetr.data import (
+    DetrDatasetMapper,
+    build_test_loader,
+    build_train_loader,
+    clean_annotations,
+    register_coco_format,
+)
 from samdetr.data.dataset_mapper import build_train_augmentation
 from samdetr.data.digits import _SPLITS, write_digits
+from samdetr.errors import UserError
 
 
 def record_with(*boxes, mode=BoxMode.XYWH_ABS):
@@ -116,6 +123,41 @@ def test_loaders_keep_images_without_boxes(shapes_dataset):
     counts = {inputs["image_id"]: len(inputs["instances"]) for inputs in batch}
     assert counts == {1: 1, 2: 2, 3: 0, 4: 1, 5: 2, 6: 0}
     assert [len(inputs) for inputs in build_test_loader(cfg, shapes_dataset)] == [1] * 6
+
+
+def coco_config(*entries):
+    return tiny_config("DATASETS.COCO_FORMAT", list(entries))
+
+
+def test_datasets_named_in_the_config(shapes_root):
+    """Loaded with their class names, by name, as often as one likes."""
+    entry = ["own_shapes", str(shapes_root / "annotations.json"), str(shapes_root)]
+    for _ in range(2):
+        register_coco_format(coco_config(entry))
+    assert MetadataCatalog.get("own_shapes").thing_classes == ["green", "red"]
+    assert len(DatasetCatalog.get("own_shapes")) == 6
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (["a", "b"], r"has the entry \['a', 'b'\]: each is \[name, annotation file, image folder\]"),
+        (["x1", "no.json", "."], r"x1's annotation file no\.json does not exist \(looked in"),
+        (["x2", "ROOT/annotations.json", "no"], r"x2's image folder no does not exist"),
+        (["digits_val", "ROOT/annotations.json", "ROOT"], r"the name 'digits_val' belongs to .*choose another"),
+        (["x3", "ROOT/1.png", "ROOT"], r"1\.png is not COCO's format"),
+    ],
+)
+def test_mistakes_in_datasets_of_the_config(entry, message, shapes_root):
+    with pytest.raises(UserError, match=message):
+        register_coco_format(coco_config([part.replace("ROOT", str(shapes_root)) for part in entry]))
+
+
+def test_records_without_a_size_are_left_to_the_mapper():
+    record = record_with((10, 10, 500, 20))
+    del record["height"], record["width"]
+    (cleaned,) = clean_annotations([record])
+    assert cleaned["annotations"][0]["bbox"] == [10, 10, 500, 20]
 
 
 def test_embedded_dataset_is_well_formed_and_disjoint():

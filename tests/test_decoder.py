@@ -58,6 +58,50 @@ def test_each_layer_learns_from_its_own_box_loss_only():
     assert gradient(0, model.query_generator.reference_logits).abs().min() > 0
 
 
+def test_no_gradient_flows_through_the_sine_embedding_of_self_attention():
+    model = tiny_model()
+    layer = model.decoder.layers[0]
+    boxes = torch.rand(1, 12, 4, requires_grad=True)
+    content = torch.randn(1, 12, 32, requires_grad=True)
+    seen = {}
+    layer.self_attention.register_forward_hook(lambda module, args, output: seen.update(output=output))
+    (level,) = model.feature_projection([torch.randn(1, 16, 8, 8)], [(64, 64)])
+    layer(content, boxes, level, None)
+    assert torch.autograd.grad(seen["output"].sum(), boxes, allow_unused=True, retain_graph=True)[0] is None
+    assert torch.autograd.grad(seen["output"].sum(), content)[0].any()
+
+
+def xavier_bound(weight):
+    return math.sqrt(6 / sum(weight.shape))
+
+
+def test_initial_state_of_every_matrix():
+    """Xavier-uniform in encoder and decoder; torch's default in projections, class heads and inner box layers."""
+    model = build_model(tiny_config("MODEL.SAMDETR.HIDDEN_DIM", 64, *DN))
+    xavier, default = [], []
+    for name, weight in model.named_parameters():
+        if name.startswith("backbone.") or weight.dim() < 2 or "label_embedding" in name or "reference" in name:
+            continue
+        heads = "_heads." in name or name.startswith("feature_projection.")
+        (default if heads else xavier).append((name, weight))
+    assert any("in_proj_weight" in name and weight.shape == (3 * 64, 64) for name, weight in xavier)
+    assert len(xavier) > 60 and len(default) > 9
+    for name, weight in xavier:
+        assert 0.85 < weight.abs().max() / xavier_bound(weight) <= 1, name  # the stacked matrix's bound, too
+    for name, weight in default:
+        if ".box_heads." in name and ".layers.2." in name:
+            assert not weight.any(), name
+        else:  # torch's: uniform up to 1 / sqrt(fan in)
+            assert 0.85 < weight.abs().max() * math.sqrt(weight.shape[1]) <= 1, name
+    for name, bias in model.named_parameters():
+        attention_own = name.endswith(("attention.in_proj_bias", "attention.out_proj.bias", "attention.output.bias"))
+        if attention_own or name.endswith(("keypoint_head.layers.2.bias", "box_heads.0.layers.2.bias")):
+            assert not bias.any(), name
+        elif name.startswith("decoder.layers") and name.endswith("bias") and "norm" not in name:
+            assert bias.any(), name
+    assert 0.8 < model.query_generator.label_embedding.weight.std() < 1.2
+
+
 def test_boxes_of_a_new_model_are_the_reference_boxes():
     """The last box layers start at zero, and the class scores at the prior."""
     model = build_model(tiny_config()).eval()

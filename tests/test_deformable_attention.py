@@ -37,6 +37,29 @@ def test_sampling_equals_the_loops():
                 assert torch.allclose(result[b, q, m * dim : (m + 1) * dim], expected, atol=1e-4)
 
 
+def test_positions_keep_float32_in_mixed_precision():
+    """On a map of 167 columns, bfloat16 positions would be wrong by up to 0.16 pixels."""
+    value = torch.linspace(0, 1, 167).expand(4, -1).reshape(1, -1, 1, 1)
+    locations = torch.rand(1, 50, 1, 1, 1, 2) * 0.8 + 0.1
+    weights = torch.ones(1, 50, 1, 1, 1)
+    exact = multi_scale_deformable_sampling(value, [(4, 167)], locations, weights)
+    half = multi_scale_deformable_sampling(value.bfloat16(), [(4, 167)], locations, weights)
+    rounding = multi_scale_deformable_sampling(value.bfloat16().float(), [(4, 167)], locations, weights)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, rounding.bfloat16())
+    assert (exact - rounding).abs().max() < 4e-3
+
+
+def test_gradients_are_those_of_the_definition():
+    """torch.autograd.gradcheck, in double precision, for values, positions and weights."""
+    sizes = [(3, 4), (2, 2)]
+    value = torch.randn(1, 16, 2, 2, dtype=torch.float64, requires_grad=True)
+    locations = (torch.rand(1, 3, 2, 2, 2, 2, dtype=torch.float64) * 0.9 + 0.05).requires_grad_()
+    weights = torch.rand(1, 3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    arguments = (value, locations, weights)
+    assert torch.autograd.gradcheck(lambda v, x, w: multi_scale_deformable_sampling(v, sizes, x, w), arguments)
+
+
 def test_initial_state():
     """Points start on rays, one direction a head, the p-th point p pixels out, with uniform attention."""
     attention = MultiScaleDeformableAttention(dim=16, num_heads=8, num_levels=2, num_points=3)

@@ -8,13 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DN, MULTI_SCALE, SMCA, make_input, tiny_config, tiny_model
+from conftest import DN, MULTI_SCALE, SMCA, load_config, make_input, tiny_config, tiny_model
+from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from samdetr.checkpoint import CheckedCheckpointer
 from samdetr.engine import Trainer
 from samdetr.engine.train_step import TrainStep, step_seed
+from samdetr.engine.trainer import freeze_unused_backbone
 from samdetr.errors import UserError
 
 BATCH = [
@@ -175,6 +177,22 @@ def test_unreadable_images_are_counted_up_to_a_limit(caplog):
     assert "Images that cannot be used: 2 until now, new: x.jpg, y.jpg" in caplog.text
     with pytest.raises(RuntimeError, match=r"2 images cannot be used, more than .*MAX_UNREADABLE_IMAGES \(1\)"):
         run(make_step(tiny_model(), batch, "DATALOADER.MAX_UNREADABLE_IMAGES", 1))
+
+
+def test_unused_parts_of_the_backbone_are_frozen_and_named(caplog):
+    """An FPN's level that nobody reads; DistributedDataParallel would wait for its gradients."""
+    model = build_model(
+        load_config(
+            *("sam_detr_pp_R_50_1x", "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", 18),
+            *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]),
+            *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"], "MODEL.SAMDETR.DECODER.NUM_LAYERS", 1),
+            *("MODEL.SAMDETR.IN_FEATURES", ["p3", "p4", "p5"], "MODEL.SAMDETR.ENCODER.NUM_LAYERS", 1),
+        )
+    )
+    freeze_unused_backbone(model)
+    assert "fpn_lateral2.weight" in caplog.text and "fpn_lateral3.weight" not in caplog.text
+    sum(model([make_input(64, 64, [(1, 1, 30, 30)], [3])]).values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_steps_have_random_numbers_of_their_own():

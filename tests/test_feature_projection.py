@@ -20,6 +20,11 @@ def test_masked_group_norm_is_group_norm_of_the_valid_part():
     assert out.isfinite().all()
 
 
+def test_level_embeddings_are_normal():
+    projection = FeatureProjection(in_channels=[3, 5], strides=[8, 16], dim=256, num_groups=2, temperature=100.0)
+    assert 0.9 < projection.level_embedding.std() < 1.1 and projection.level_embedding.mean().abs() < 0.15
+
+
 def test_valid_sizes_round_up_and_positions_follow_them():
     projection = FeatureProjection(in_channels=[3, 5], strides=[8, 16], dim=8, num_groups=2, temperature=100.0)
     features = [torch.randn(2, 3, 9, 10), torch.randn(2, 5, 5, 5)]

@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import DN, MULTI_SCALE, PLAIN, SMCA, load_config, make_input, tiny_config, tiny_model
 from detectron2.modeling import build_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_cross_attention import plain_attention
 from test_semantics_aligner import plain_align
 
@@ -116,6 +118,37 @@ def test_padding_is_invisible_from_the_backbone_on(options):
         assert not torch.allclose(together[name][:, :1], together[name][:, 1:], atol=1e-3)
 
 
+sides = st.integers(33, 150)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(sides, sides), min_size=2, max_size=3))
+def test_padding_is_invisible_for_any_sizes(sizes):
+    model = tiny_model(*SMCA, *MULTI_SCALE).eval()
+    height, width = (math.ceil(max(side) / 32) * 32 for side in zip(*sizes))
+    maps = [torch.randn(len(sizes), s.channels, height // s.stride, width // s.stride) for s in shapes_of(model)]
+    together = transformer_outputs(model, maps, sizes)
+    strides = model.feature_projection.strides
+    for i, (h, w) in enumerate(sizes):
+        cut = [x[i : i + 1, :, : math.ceil(h / s), : math.ceil(w / s)] for x, s in zip(maps, strides)]
+        alone = transformer_outputs(model, cut, [(h, w)])
+        for name in ("pred_logits", "pred_boxes"):
+            assert torch.allclose(together[name][:, i : i + 1], alone[name], atol=2e-5)
+
+
+numbers = st.floats(-50, 150, width=32)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(numbers, numbers, numbers, numbers), max_size=6))
+def test_targets_of_any_boxes_are_usable(boxes):
+    model = tiny_model()
+    (target,) = model.prepare_targets([make_input(40, 80, boxes, [1] * len(boxes))])
+    assert (target.boxes[:, 2:] > 0).all() and target.boxes.isfinite().all()
+    corners = [box for box in boxes if box[2] > box[0] and box[3] > box[1]]
+    assert len(target) == len(corners)
+
+
 def shapes_of(model):
     shapes = model.backbone.output_shape()
     return [shapes[name] for name in model.in_features]
@@ -129,7 +162,7 @@ def test_images_of_other_sizes_in_the_batch_change_only_the_response_at_the_bord
     together = model.predict([small, large])
     same = model.predict([small, make_input(64, 64, seed=3)])
     assert torch.allclose(alone["pred_logits"], same["pred_logits"][:, :1], atol=1e-5)
-    assert (alone["pred_logits"] - together["pred_logits"][:, :1]).abs().max() < 1.0
+    assert 1e-4 < (alone["pred_logits"] - together["pred_logits"][:, :1]).abs().max() < 1.0
 
 
 def test_every_width_is_free():

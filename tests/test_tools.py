@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, load_config, make_input, subprocess_environment, tiny_config
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from PIL import Image
 from test_checkpoint import converted_model, published_state_dict
 
 from samdetr.checkpoint import CheckedCheckpointer
@@ -165,3 +166,115 @@ def test_the_demo_from_start_to_picture(tmp_path):
         lines = (tmp_path / "demo" / "metrics.json").read_text().splitlines()
         assert any("bbox/AP" in json.loads(line) for line in lines)
         assert len(list(tmp_path.glob("demo-until-*"))) == attempt  # the first one is kept
+
+
+def dataset_of(tmp_path, images=(), annotations=(), categories=({"id": 1, "name": "one"},)):
+    for image in images:
+        path = tmp_path / image["file_name"]
+        if not path.exists():
+            Image.new("RGB", (40, 30), (200, 30, 30)).save(path)
+    data = {"images": list(images), "annotations": list(annotations), "categories": list(categories)}
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    return tmp_path / "data.json"
+
+
+def image_entry(image_id, **other):
+    return {"id": image_id, "file_name": f"{image_id}.png", "width": 40, "height": 30, **other}
+
+
+def box_entry(entry_id, box, image_id=1, category_id=1):
+    return {"id": entry_id, "image_id": image_id, "category_id": category_id, "bbox": box}
+
+
+def test_a_good_dataset_passes(shapes_root):
+    result = run_tool("check_dataset.py", shapes_root / "annotations.json", shapes_root)
+    assert result.returncode == 0, result.stdout
+    assert "6 images, 6 boxes, 2 classes" in result.stdout and "Set MODEL.SAMDETR.NUM_CLASSES 2." in result.stdout
+    assert "warning: images without boxes: 2 (3.png, 6.png)" in result.stdout and "ERROR" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "fatal", "message"),
+    [
+        ({"annotations": [box_entry(1, [1, 1, 5, 5], category_id=7)]}, True, "annotations of an unknown category: 1"),
+        (
+            {"annotations": [box_entry(1, [1, 1, 5, 5]), box_entry(1, [2, 2, 5, 5])]},
+            True,
+            "annotation ids duplicated: 1",
+        ),
+        ({"annotations": [box_entry(1, [1, 1, 5])]}, True, "annotations without a usable box: 1"),
+        ({"annotations": [box_entry(1, [1, 1, 0, 5])]}, False, "boxes of width or height zero or less: 1 (1.png"),
+        ({"annotations": [box_entry(1, [50, 1, 5, 5])]}, False, "boxes outside their image: 1"),
+        ({"annotations": [box_entry(1, [20, 10, 38, 29])]}, False, "boxes look like corners"),
+        ({"annotations": [box_entry(1, [0.1, 0.1, 0.5, 0.5])]}, False, "boxes look normalised"),
+        ({"annotations": [box_entry(1, [1, 1, 5, 5], image_id=9)]}, False, "annotations of an unknown image: 1"),
+        ({"images": [image_entry(1), image_entry(1)]}, True, "image ids duplicated: 1 (1)"),
+        ({"images": [image_entry(1, width=50)]}, True, "another size than the annotation file says: 1"),
+        ({"images": [image_entry(1, width=None)]}, True, "images without a file_name, width or height: 1"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, True, "category ids duplicated: 1"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}, False, "classes without a box: 1 (b)"),
+    ],
+)
+def test_what_is_wrong_with_a_dataset_is_said(change, fatal, message, tmp_path):
+    from check_dataset import check_dataset
+
+    content = {"images": [image_entry(1)], "annotations": [box_entry(1, [1, 1, 5, 5])], **change}
+    _, report = check_dataset(dataset_of(tmp_path, **content), tmp_path)
+    assert any(message in line and line.startswith("ERROR" if fatal else "warning") for line in report.lines())
+    assert report.fatal == fatal, report.lines()
+
+
+def test_damaged_images_are_named_and_end_with_an_error(tmp_path):
+    json_file = dataset_of(tmp_path, [image_entry(i) for i in range(1, 4)])
+    (tmp_path / "1.png").unlink()
+    whole = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "3.png").write_text("no image")
+    result = run_tool("check_dataset.py", json_file, tmp_path)
+    assert result.returncode == 1
+    assert "ERROR: images missing: 1" in result.stdout and "1.png" in result.stdout
+    assert "ERROR: images truncated: 1" in result.stdout and "2.png" in result.stdout
+    assert "ERROR: images unreadable: 1" in result.stdout and "3.png" in result.stdout
+    assert run_tool("check_dataset.py", json_file, tmp_path, "--no-images").returncode == 0
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("{}", 'has no list "images"')])
+def test_files_that_are_no_datasets(content, message, tmp_path):
+    (tmp_path / "data.json").write_text(content)
+    result = run_tool("check_dataset.py", tmp_path / "data.json", tmp_path)
+    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_analysis_averages_over_a_datasets_images():
+    config = ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml"
+    mean = run_tool("analyze_model.py", "--config-file", config, "--num-images", 3)
+    single = run_tool("analyze_model.py", "--config-file", config, "--size", 64, 64)
+    assert mean.returncode == single.returncode == 0, mean.stderr
+    assert "mean over 3 images" in mean.stdout
+    assert mean.stdout.splitlines()[:-1] == single.stdout.splitlines()[:-1]  # they are all of 64 x 64
+
+
+@pytest.mark.slow
+def test_benchmark_compares_variants(tmp_path):
+    config = ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml"
+    variants = ["--variant", "plain", "--variant", "half SOLVER.AMP.ENABLED True"]
+    few = ["--rounds", 1, "--steps", 2, "--warmup", 1, "--size", 64, 64]
+    result = run_tool("benchmark.py", "--config-file", config, *variants, *few, "--output", tmp_path / "out.json")
+    assert result.returncode == 0, result.stderr
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines()}
+    assert rows["plain"][2] == "1.00" and float(rows["half"][1]) > 0
+    assert set(json.loads((tmp_path / "out.json").read_text())["runs"]) == {"plain", "half"}
+    wrong = run_tool("benchmark.py", "--config-file", config, "--variant", "x SOLVER.NOTHING 1")
+    assert wrong.returncode == 1 and "no config key SOLVER.NOTHING" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_padding_is_measured(tmp_path):
+    torch.save({"model": build_model(tiny_config()).state_dict()}, tmp_path / "model.pth")
+    (tmp_path / "config.yaml").write_text(tiny_config().dump())
+    arguments = ["--config-file", tmp_path / "config.yaml", "--weights", tmp_path / "model.pth"]
+    result = run_tool("measure_padding.py", *arguments)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[0].startswith("1 a batch: AP ")
+    assert result.stdout.splitlines()[1].startswith("8 a batch: AP ")

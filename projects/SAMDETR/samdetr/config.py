@@ -109,6 +109,10 @@ def add_samdetr_config(cfg: CN) -> None:
     # When a loss or gradient is not finite: "stop" training, or "skip" the step (stopping after 100 in a row).
     cfg.SOLVER.NON_FINITE = "stop"
 
+    # Images a batch in evaluation, on each process. With more than one, smaller images are padded, and the backbone's
+    # response at the padded border changes results a little (docs/training.md).
+    cfg.TEST.IMS_PER_BATCH = 1
+
     # What happens when a training image cannot be read: "stop", or "skip", which takes another image instead, counts, and
     # stops after MAX_UNREADABLE_IMAGES different ones.
     cfg.DATALOADER.UNREADABLE_IMAGES = "stop"

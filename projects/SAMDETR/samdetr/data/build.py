@@ -55,8 +55,9 @@ def build_train_loader(cfg) -> DataLoader:
 
 
 def build_test_loader(cfg, dataset_name: str):
-    """detectron2's test loader, one image a batch."""
-    return build_detection_test_loader(cfg, dataset_name, mapper=DetrDatasetMapper(cfg, is_train=False))
+    """detectron2's test loader, ``cfg.TEST.IMS_PER_BATCH`` images a batch."""
+    mapper = DetrDatasetMapper(cfg, is_train=False)
+    return build_detection_test_loader(cfg, dataset_name, mapper=mapper, batch_size=cfg.TEST.IMS_PER_BATCH)
 
 
 def clean_annotations(dataset_dicts: list[dict]) -> list[dict]:

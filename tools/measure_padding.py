@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""How much evaluating images in padded batches changes AP, against one image at a time.
+
+    tools/measure_padding.py --config-file output/demo/config.yaml --weights output/demo/model_final.pth
+
+The images of DATASETS.TEST are cut at the right and the bottom to random sizes (60 to 100 % of each side), with their boxes,
+and evaluated one by one and in batches, where smaller images are padded to the largest.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.modeling import build_model
+from detectron2.structures import BoxMode
+from PIL import Image
+
+import samdetr
+from samdetr.checkpoint import CheckedCheckpointer
+from samdetr.checks import check_weights_file, merge_options
+from samdetr.engine import Trainer
+from samdetr.errors import UserError
+
+
+def write_cut_images(dataset: str, folder: Path) -> None:
+    """Cut a registered dataset's images and write them as a COCO-format dataset, ``cut.json``, to a folder."""
+    rng = np.random.RandomState(0)
+    images, annotations = [], []
+    names = MetadataCatalog.get(dataset).thing_classes
+    for record in DatasetCatalog.get(dataset):
+        width, height = (int(side * rng.uniform(0.6, 1)) for side in (record["width"], record["height"]))
+        file_name = f"{len(images)}.png"
+        Image.open(record["file_name"]).crop((0, 0, width, height)).save(folder / file_name)
+        images.append({"id": len(images) + 1, "file_name": file_name, "width": width, "height": height})
+        for annotation in record["annotations"]:
+            x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            w, h = min(x1, width) - x0, min(y1, height) - y0
+            if w < 0.5 * (x1 - x0) or h < 0.5 * (y1 - y0):
+                continue  # too little of it is left
+            entry = {"id": len(annotations) + 1, "image_id": len(images), "category_id": annotation["category_id"] + 1}
+            annotations.append({**entry, "bbox": [x0, y0, w, h], "area": w * h, "iscrowd": 0})
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "cut.json").write_text(json.dumps(content))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, help="the config that the checkpoint was trained with")
+    parser.add_argument("--weights", required=True, help="a checkpoint of this project")
+    parser.add_argument("--batch", type=int, default=8, help="images a batch")
+    arguments = parser.parse_args()
+    cfg = get_cfg()
+    samdetr.add_samdetr_config(cfg)
+    try:
+        merge_options(cfg, arguments.config_file, ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"])
+        check_weights_file(arguments.weights)
+        model = build_model(cfg)
+        CheckedCheckpointer(model, complete=True).load(arguments.weights)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_cut_images(cfg.DATASETS.TEST[0], Path(folder))
+        register_coco_instances("cut", {}, f"{folder}/cut.json", folder)
+        cfg.DATASETS.TEST = ("cut",)
+        # Neither enlarged nor reduced, so that sizes differ.
+        cfg.INPUT.MIN_SIZE_TEST = 0
+        cfg.OUTPUT_DIR = folder
+        for batch in (1, arguments.batch):
+            cfg.TEST.IMS_PER_BATCH = batch
+            with contextlib.redirect_stdout(sys.stderr):
+                results = Trainer.test(cfg, model)
+            print(f"{batch} a batch: AP {results['bbox']['AP']:.2f}, AP50 {results['bbox']['AP50']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
