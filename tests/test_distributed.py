@@ -106,15 +106,22 @@ def train_net_by(launcher, *arguments):
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
         processes = [subprocess.Popen([sys.executable, *torchrun, script, *arguments], env=environment, **common)]
     else:
-        own = ["--num-gpus", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
-        options = arguments[:2] + own + arguments[2:]
-        processes = [subprocess.Popen([sys.executable, script, *options], env=environment, **common)]
+        url = ["--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+        machines = [["--num-gpus", "2"]]
+        if launcher == "two machines":
+            machines = [["--num-machines", "2", "--machine-rank", str(rank)] for rank in range(2)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, script, *arguments[:2], *url, *machine, *arguments[2:]], env=environment, **common
+            )
+            for machine in machines
+        ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     return [process.returncode for process in processes], "".join(outputs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["detectron2", "torchrun", "slurm"])
+@pytest.mark.parametrize("launcher", ["detectron2", "two machines", "torchrun", "slurm"])
 def test_the_script_trains_in_two_processes(launcher, tmp_path):
     options = ["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "(1,)", "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path]
     codes, output = train_net_by(launcher, *options)
