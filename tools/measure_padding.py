@@ -3,7 +3,7 @@
 
     tools/measure_padding.py --config-file output/demo/config.yaml --weights output/demo/model_final.pth
 
-The images of DATASETS.TEST are cut at the right and the bottom to random sizes (60 to 100 % of each side), with their boxes,
+The images of DATASETS.TEST are cut at the right and the bottom to random sizes (80 to 100 % of each side), with their boxes,
 and evaluated one by one and in batches, where smaller images are padded to the largest.
 """
 
@@ -35,7 +35,7 @@ def write_cut_images(dataset: str, folder: Path) -> None:
     images, annotations = [], []
     names = MetadataCatalog.get(dataset).thing_classes
     for record in DatasetCatalog.get(dataset):
-        width, height = (int(side * rng.uniform(0.6, 1)) for side in (record["width"], record["height"]))
+        width, height = (int(side * rng.uniform(0.8, 1)) for side in (record["width"], record["height"]))
         file_name = f"{len(images)}.png"
         Image.open(record["file_name"]).crop((0, 0, width, height)).save(folder / file_name)
         images.append({"id": len(images) + 1, "file_name": file_name, "width": width, "height": height})
