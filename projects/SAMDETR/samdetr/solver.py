@@ -1,4 +1,4 @@
-"""AdamW with a rate of its own for the backbone, and gradient clipping over the whole model (model.md section 7)."""
+"""AdamW with a rate of its own for the backbone, and gradient clipping over the whole model (as published)."""
 
 import torch
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping

@@ -18,7 +18,7 @@ class RandomApply(T.RandomApply):
 
 
 def build_train_augmentation(cfg) -> list[T.Augmentation]:
-    """Flip; with probability ``INPUT.DETR_CROP.PROB`` resize and crop; resize (design: DETR's).
+    """Flip; with probability ``INPUT.DETR_CROP.PROB`` resize and crop; resize (DETR's augmentation).
 
     The crop comes before the one resize that every image gets: an image is either resized, or resized, cropped and
     resized again.
