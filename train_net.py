@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -57,7 +58,13 @@ def main(args, cfg):
     # Attention's smallest probabilities are denormal numbers, which CPUs multiply many times slower than zeros.
     torch.set_flush_denormal(True)
     register_coco_format(cfg)
+    kept = Path(cfg.OUTPUT_DIR, "config.yaml")
+    earlier = kept.read_text() if kept.exists() and any(kept.parent.glob("model_*.pth")) else None
+    comm.synchronize()
     default_setup(cfg, args)
+    if earlier is not None and comm.is_main_process():  # what a checkpoint was trained with stays beside it
+        kept.rename(kept.with_name("config_eval.yaml" if args.eval_only else "config_resumed.yaml"))
+        kept.write_text(earlier)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="samdetr")
     try:
         if args.eval_only:
@@ -66,21 +73,24 @@ def main(args, cfg):
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     except UserError as error:
-        sys.exit(f"error: {error}" if comm.is_main_process() else 1)
+        sys.exit(f"error (process {comm.get_rank()}): {error}" if comm.get_world_size() > 1 else f"error: {error}")
 
 
 def run(args):
     """Start the processes, unless torchrun or SLURM has started them, and run."""
-    if "LOCAL_RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+    if "LOCAL_RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         join_slurm_job()
     cfg = read_config(args)
+    cuda = cfg.MODEL.DEVICE.startswith("cuda")
+    if not cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # detectron2 takes NCCL wherever it sees a GPU
     if "LOCAL_RANK" not in os.environ:
         launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args, cfg))
         return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")  # address, rank and size from the environment
+    if cuda:  # a launcher may show each process its own device only
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # Address, rank and size come from the environment.
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=DEFAULT_TIMEOUT)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     main(args, cfg)
     torch.distributed.destroy_process_group()
@@ -90,9 +100,10 @@ def join_slurm_job():
     """Say in torchrun's variables what SLURM says in its own, for ``srun`` with a task for each process."""
     environment = os.environ
     environment["RANK"] = environment["SLURM_PROCID"]
-    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    environment["LOCAL_WORLD_SIZE"] = str(int(environment["SLURM_NTASKS"]) // int(environment["SLURM_NNODES"]))
+    nodes = int(environment["SLURM_STEP_NUM_NODES"])
+    environment["LOCAL_WORLD_SIZE"] = str(int(environment["SLURM_STEP_NUM_TASKS"]) // nodes)
     if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
         raise UserError(
             "In a SLURM job of several tasks, set MASTER_ADDR to the first node's name and MASTER_PORT to a free port "
@@ -106,4 +117,5 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"error: {error}")
     except torch.multiprocessing.ProcessExitedException as error:
-        sys.exit(error.exit_code)  # the process has said why
+        # A negative code is a signal's; otherwise the process has said why.
+        sys.exit(f"error: {error}" if error.exit_code < 0 else error.exit_code)

@@ -1,5 +1,7 @@
 """samdetr.checks: every mistake gets an error that names it and says what to do."""
 
+import json
+
 import pytest
 import torch
 from conftest import ROOT, tiny_config, tiny_model
@@ -83,6 +85,22 @@ def test_a_key_that_does_not_exist_in_a_file(tmp_path):
 def test_configs(options, message):
     with pytest.raises(UserError, match=message):
         check_config(tiny_config(*options), training=True)
+
+
+def test_datasets_must_agree_on_their_classes(shapes_root, tmp_path):
+    data = json.loads((shapes_root / "annotations.json").read_text())
+    data["categories"] = [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}]
+    (tmp_path / "swapped.json").write_text(json.dumps(data))
+    entries = [["in_order", str(shapes_root / "annotations.json"), str(shapes_root)]]
+    entries += [["swapped", str(tmp_path / "swapped.json"), str(shapes_root)]]
+    options = ["DATASETS.COCO_FORMAT", entries, "DATASETS.TRAIN", ("in_order",), "DATASETS.TEST", ("swapped",)]
+    with pytest.raises(UserError, match=r"'in_order' and 'swapped' have different classes.*number 0 is 'green'.*'red'"):
+        check_config(tiny_config(*options, "MODEL.SAMDETR.NUM_CLASSES", 2), training=True)
+
+
+def test_precision_is_checked_for_evaluation_too():
+    with pytest.raises(UserError, match=r"PRECISION is 'fp16': choose from 'bfloat16', 'float16'"):
+        check_config(tiny_config("SOLVER.AMP.PRECISION", "fp16"), training=False)
 
 
 def test_a_good_config_passes():

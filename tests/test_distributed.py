@@ -99,7 +99,12 @@ def train_net_by(launcher, *arguments):
     environment = {**subprocess_environment(), "OMP_NUM_THREADS": "1"}
     common = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     if launcher == "slurm":
-        slurm = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        slurm = {
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_NUM_NODES": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(),
+        }
         tasks = [{**environment, **slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
         processes = [subprocess.Popen([sys.executable, script, *arguments], env=task, **common) for task in tasks]
     elif launcher == "torchrun":
@@ -128,6 +133,9 @@ def test_the_script_trains_in_two_processes(launcher, tmp_path):
     assert not any(codes), output[-3000:]
     assert "World size: 2" in (tmp_path / "log.txt").read_text()
     assert (tmp_path / "model_final.pth").exists()
+    if launcher == "torchrun":
+        codes, output = train_net_by(launcher, "--resume", *options, "SOLVER.MAX_ITER", 3)
+        assert not any(codes) and "Starting training from iteration 2" in output, output[-3000:]
 
 
 @pytest.mark.slow

@@ -183,7 +183,8 @@ def image_entry(image_id, **other):
 
 
 def box_entry(entry_id, box, image_id=1, category_id=1):
-    return {"id": entry_id, "image_id": image_id, "category_id": category_id, "bbox": box}
+    entry = {"id": entry_id, "image_id": image_id, "category_id": category_id, "bbox": box}
+    return {**entry, "area": 25, "iscrowd": 0}
 
 
 def test_a_good_dataset_passes(shapes_root):
@@ -208,6 +209,16 @@ def test_a_good_dataset_passes(shapes_root):
         ({"annotations": [box_entry(1, [20, 10, 38, 29])]}, False, "boxes look like corners"),
         ({"annotations": [box_entry(1, [0.1, 0.1, 0.5, 0.5])]}, False, "boxes look normalised"),
         ({"annotations": [box_entry(1, [1, 1, 5, 5], image_id=9)]}, False, "annotations of an unknown image: 1"),
+        ({"annotations": [box_entry(1, [1, None, "5", 5])]}, True, "annotations without a usable box: 1"),
+        ({"annotations": []}, True, "datasets without boxes"),
+        ({"images": []}, True, "datasets without images"),
+        ({"annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}]}, True, "annotations without an id"),
+        (
+            {"annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}]},
+            True,
+            "annotations without an area or iscrowd, which the evaluation needs: 1",
+        ),
+        ({"categories": [{"id": 1}]}, True, "categories without a name: 1 (1)"),
         ({"images": [image_entry(1), image_entry(1)]}, True, "image ids duplicated: 1 (1)"),
         ({"images": [image_entry(1, width=50)]}, True, "another size than the annotation file says: 1"),
         ({"images": [image_entry(1, width=None)]}, True, "images without a file_name, width or height: 1"),
@@ -225,7 +236,7 @@ def test_what_is_wrong_with_a_dataset_is_said(change, fatal, message, tmp_path):
 
 
 def test_damaged_images_are_named_and_end_with_an_error(tmp_path):
-    json_file = dataset_of(tmp_path, [image_entry(i) for i in range(1, 4)])
+    json_file = dataset_of(tmp_path, [image_entry(i) for i in range(1, 4)], [box_entry(1, [1, 1, 5, 5])])
     (tmp_path / "1.png").unlink()
     whole = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])

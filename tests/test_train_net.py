@@ -58,8 +58,25 @@ def test_eval_only_gives_the_reported_ap(finished_run, tmp_path):
     evaluated = train_net("--eval-only", "MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     assert ap_of(evaluated) == ap_of(trained)
-    results = [json.loads((run / "evaluation.json").read_text())["results"] for run in (folder, tmp_path)]
-    assert results[0]["bbox"] == pytest.approx(results[1]["bbox"], abs=0, nan_ok=True)
+    written = [folder / "evaluation.json", tmp_path / "evaluation_model_final.json"]
+    results = [json.loads(path.read_text())["results"]["bbox"] for path in written]
+    assert results[0] == pytest.approx(results[1], abs=0, nan_ok=True)
+    assert {f"AP-{digit}" for digit in range(10)} <= set(results[1])
+    assert "ETA=" in evaluated.stdout + evaluated.stderr  # evaluation's progress
+
+
+@pytest.mark.slow
+def test_evaluation_leaves_what_the_run_has_written(finished_run):
+    folder, _ = finished_run
+    before = {name: (folder / name).read_text() for name in ("config.yaml", "evaluation.json")}
+    options = ["--eval-only", "MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", folder]
+    result = train_net(*options, "SOLVER.AMP.ENABLED", True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert all((folder / name).read_text() == text for name, text in before.items())
+    assert "bfloat16" in (folder / "config_eval.yaml").read_text()
+    half = json.loads((folder / "evaluation_model_final.json").read_text())
+    assert half["weights"] == str(folder / "model_final.pth")
+    assert half["results"]["bbox"] != json.loads(before["evaluation.json"])["results"]["bbox"]  # in mixed precision
 
 
 @pytest.mark.slow

@@ -29,6 +29,11 @@ FATAL = {
     "annotations of an unknown category",
     "annotations without a usable box",
     "images without a file_name, width or height",
+    "annotations without an id",
+    "annotations without an area or iscrowd, which the evaluation needs",
+    "categories without a name",
+    "datasets without images",
+    "datasets without boxes",
 }
 
 
@@ -58,12 +63,18 @@ class Report:
         return lines
 
 
-def check_annotations(data: dict, report: Report) -> None:
-    """Check what the JSON says of itself."""
+def check_annotations(data: dict, report: Report, evaluated_on: bool) -> None:
+    """Check what the JSON says of itself; evaluation needs more than training."""
     for kind, entries in (("image", "images"), ("annotation", "annotations"), ("category", "categories")):
         for entry_id, times in Counter(entry.get("id") for entry in data[entries]).items():
             if times > 1:
                 report.add(f"{kind} ids duplicated", entry_id)
+    for entry in ("images", "annotations"):
+        if not data[entry]:
+            report.add(f"datasets without {'boxes' if entry == 'annotations' else entry}", f'"{entry}" is empty')
+    for category in data["categories"]:
+        if not category.get("name"):
+            report.add("categories without a name", category.get("id"))
     images = {}
     for image in data["images"]:
         if not all(image.get(key) for key in ("file_name", "width", "height")):
@@ -71,13 +82,17 @@ def check_annotations(data: dict, report: Report) -> None:
         else:
             images[image["id"]] = image
     categories = {category["id"] for category in data["categories"]}
-    outside_as_corners = total = 0
+    outside_as_corners = normalised = total = 0
     for annotation in data["annotations"]:
         image = images.get(annotation.get("image_id"))
         if image is None:
             report.add("annotations of an unknown image", annotation.get("id"))
             continue
         where = f"{image['file_name']}, annotation {annotation.get('id')}"
+        if "id" not in annotation:
+            report.add("annotations without an id", where)
+        if evaluated_on and not {"area", "iscrowd"} <= annotation.keys():
+            report.add("annotations without an area or iscrowd, which the evaluation needs", where)
         if annotation.get("category_id") not in categories:
             report.add("annotations of an unknown category", f"{where}: category {annotation.get('category_id')}")
         box = annotation.get("bbox")
@@ -86,6 +101,7 @@ def check_annotations(data: dict, report: Report) -> None:
             continue
         x, y, w, h = box
         total += 1
+        normalised += all(0 <= value <= 1 for value in box)
         if not all(math.isfinite(value) for value in box):
             report.add("boxes that are not finite", where)
         elif w <= 0 or h <= 0:
@@ -99,7 +115,7 @@ def check_annotations(data: dict, report: Report) -> None:
         report.add(
             "boxes look like corners", "a fifth or more fit as [x0, y0, x1, y1]; COCO's format is [x, y, width, height]"
         )
-    if total and all(0 <= value <= 1 for a in data["annotations"] for value in a.get("bbox") or [2]):
+    if total and normalised == total:
         report.add("boxes look normalised", "all values lie in [0, 1]; COCO's format is in pixels")
     with_boxes = {annotation.get("image_id") for annotation in data["annotations"]}
     for image in data["images"]:
@@ -121,7 +137,7 @@ def check_image(image: dict, root: Path) -> tuple[str, str] | None:
             orientation = opened.getexif().get(274, 1)  # detectron2 turns images upright
             width, height = opened.size if orientation < 5 else opened.size[::-1]
             opened.load()
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         kind = "images truncated" if "truncated" in str(error) else "images unreadable"
         return kind, f"{path}: {error}"
     if (width, height) != (image["width"], image["height"]):
@@ -130,8 +146,15 @@ def check_image(image: dict, root: Path) -> tuple[str, str] | None:
     return None
 
 
-def check_dataset(json_file: Path, root: Path, read_images: bool = True) -> tuple[dict, Report]:
+def check_dataset(
+    json_file: Path, root: Path, read_images: bool = True, evaluated_on: bool = True
+) -> tuple[dict, Report]:
     """Check a dataset.
+
+    Args:
+        json_file, root: annotations in COCO's format, and the folder that ``file_name`` is relative to.
+        read_images: whether to read the image files.
+        evaluated_on: whether the dataset must serve evaluation, too.
 
     Returns:
         The JSON's content and the report.
@@ -151,7 +174,7 @@ def check_dataset(json_file: Path, root: Path, read_images: bool = True) -> tupl
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             sys.exit(f'error: {json_file} is not COCO\'s format: it has no list "{key}".')
     report = Report()
-    check_annotations(data, report)
+    check_annotations(data, report, evaluated_on)
     if read_images:
         readable = [image for image in data["images"] if all(image.get(k) for k in ("file_name", "width", "height"))]
         with ThreadPoolExecutor(8) as pool:
@@ -166,8 +189,11 @@ def main() -> None:
     parser.add_argument("json_file", type=Path, help="annotations in COCO's format")
     parser.add_argument("images", type=Path, help="the folder that file_name is relative to")
     parser.add_argument("--no-images", action="store_true", help="do not read the image files")
+    parser.add_argument("--train-only", action="store_true", help="it will not be evaluated on, which needs more")
     arguments = parser.parse_args()
-    data, report = check_dataset(arguments.json_file, arguments.images, not arguments.no_images)
+    data, report = check_dataset(
+        arguments.json_file, arguments.images, not arguments.no_images, not arguments.train_only
+    )
     print(f"{len(data['images'])} images, {len(data['annotations'])} boxes, {len(data['categories'])} classes")
     used = Counter(annotation.get("category_id") for annotation in data["annotations"])
     for category in sorted(data["categories"], key=lambda category: -used[category["id"]]):

@@ -51,8 +51,8 @@ class CheckedCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        model = self.model.module if hasattr(self.model, "module") else self.model
-        data = {"model": model.state_dict(), **{key: part.state_dict() for key, part in self.checkpointables.items()}}
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **parts}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         with _written_whole(path) as f:
@@ -105,6 +105,8 @@ class CheckedCheckpointer(DetectionCheckpointer):
             logger.info("Using the moving average of the weights in %s.", filename)
             average = loaded["average"].items()
             loaded["model"] = {k.removeprefix("module."): v for k, v in average if k.startswith("module.")}
+        elif self.use_average:
+            logger.warning("%s holds no moving average of the weights: using its weights.", filename)
         return loaded
 
     def load(self, path: str, *args, **kwargs) -> dict:

@@ -80,6 +80,7 @@ def check_config(cfg: CfgNode, *, training: bool, resuming: bool = False) -> Non
     if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
         _check_model(cfg.MODEL.SAMDETR)
     register_coco_format(cfg)
+    _check_precision(cfg)
     if training:
         _check_solver(cfg)
     if training and not cfg.DATASETS.TRAIN:
@@ -90,6 +91,7 @@ def check_config(cfg: CfgNode, *, training: bool, resuming: bool = False) -> Non
     for key, names in (("DATASETS.TRAIN", train_names), ("DATASETS.TEST", cfg.DATASETS.TEST)):
         for name in names:
             _check_dataset(key, name, cfg)
+    _check_same_classes([*train_names, *cfg.DATASETS.TEST])
     if not resuming:
         check_weights_file(cfg.MODEL.WEIGHTS)
 
@@ -107,12 +109,30 @@ def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"{key} is {value!r}: choose from {', '.join(map(repr, choices))}.")
 
 
-def _check_solver(cfg: CfgNode) -> None:
-    _check_choice("SOLVER.NON_FINITE", cfg.SOLVER.NON_FINITE, ("stop", "skip"))
-    _check_choice("DATALOADER.UNREADABLE_IMAGES", cfg.DATALOADER.UNREADABLE_IMAGES, ("stop", "skip"))
+def _check_same_classes(names: list[str]) -> None:
+    """Class i must mean the same in every dataset."""
+    classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
+    classes = {name: found for name, found in classes.items() if found is not None}
+    for name, found in classes.items():
+        first = next(iter(classes))
+        if list(found) != list(classes[first]):
+            different = next(i for i, pair in enumerate(zip(found, classes[first])) if pair[0] != pair[1])
+            raise UserError(
+                f"{first!r} and {name!r} have different classes or orders of classes: number {different} is "
+                f"{classes[first][different]!r} in the first and {found[different]!r} in the second. Classes are ordered by "
+                "their category ids: give them the same ids in both annotation files."
+            )
+
+
+def _check_precision(cfg: CfgNode) -> None:
     _check_choice("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, ("bfloat16", "float16"))
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "float16" and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError("SOLVER.AMP.PRECISION 'float16' needs CUDA: use 'bfloat16' on the CPU.")
+
+
+def _check_solver(cfg: CfgNode) -> None:
+    _check_choice("SOLVER.NON_FINITE", cfg.SOLVER.NON_FINITE, ("stop", "skip"))
+    _check_choice("DATALOADER.UNREADABLE_IMAGES", cfg.DATALOADER.UNREADABLE_IMAGES, ("stop", "skip"))
     if not 1 <= cfg.SOLVER.ACCUMULATION_STEPS <= cfg.SOLVER.IMS_PER_BATCH:
         raise UserError(
             f"SOLVER.ACCUMULATION_STEPS is {cfg.SOLVER.ACCUMULATION_STEPS}: it must be between 1 and "

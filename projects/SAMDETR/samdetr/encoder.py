@@ -199,11 +199,7 @@ class DeformableTransformerEncoder(nn.Module):
     def from_config(cls, cfg):
         node = cfg.MODEL.SAMDETR
         return {
-            "dim": node.HIDDEN_DIM,
-            "num_heads": node.NUM_HEADS,
-            "feedforward_dim": node.ENCODER.FEEDFORWARD_DIM,
-            "num_layers": node.ENCODER.NUM_LAYERS,
-            "recompute": node.ACTIVATION_CHECKPOINTING,
+            **TransformerEncoder.from_config(cfg),
             "num_levels": len(node.IN_FEATURES),
             "num_points": node.ENCODER.NUM_POINTS,
         }

@@ -41,6 +41,17 @@ def build_semantics_aligner(cfg, *, predict_scales: bool) -> nn.Module:
     return SEMANTICS_ALIGNER_REGISTRY.get(cfg.MODEL.SAMDETR.ALIGNER.NAME)(cfg, predict_scales=predict_scales)
 
 
+def common_arguments(cfg, predict_scales: bool) -> dict:
+    """What every aligner here takes from the config."""
+    node = cfg.MODEL.SAMDETR
+    return {
+        "dim": node.HIDDEN_DIM,
+        "num_heads": node.NUM_HEADS,
+        "temperature": node.POSITION_TEMPERATURE,
+        "predict_scales": predict_scales,
+    }
+
+
 @SEMANTICS_ALIGNER_REGISTRY.register()
 class SemanticsAligner(nn.Module):
     """Semantic-aligned matching, as published."""
@@ -89,13 +100,10 @@ class SemanticsAligner(nn.Module):
     def from_config(cls, cfg, *, predict_scales):
         node = cfg.MODEL.SAMDETR
         return {
-            "dim": node.HIDDEN_DIM,
-            "num_heads": node.NUM_HEADS,
+            **common_arguments(cfg, predict_scales),
             "pooled_size": node.ALIGNER.POOLED_SIZE,
             "reduction": node.ALIGNER.REDUCTION,
             "hidden_dims": list(node.ALIGNER.KEYPOINT_HIDDEN_DIMS),
-            "temperature": node.POSITION_TEMPERATURE,
-            "predict_scales": predict_scales,
         }
 
     def forward(self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel) -> AlignedQuery:
@@ -162,13 +170,7 @@ class IdentityAligner(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, *, predict_scales):
-        node = cfg.MODEL.SAMDETR
-        return {
-            "dim": node.HIDDEN_DIM,
-            "num_heads": node.NUM_HEADS,
-            "temperature": node.POSITION_TEMPERATURE,
-            "predict_scales": predict_scales,
-        }
+        return common_arguments(cfg, predict_scales)
 
     def forward(self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel) -> AlignedQuery:
         """See :data:`SEMANTICS_ALIGNER_REGISTRY`."""

@@ -11,6 +11,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
+from ..errors import UserError
 from .dataset_mapper import DetrDatasetMapper
 from .sampling import SampledDataset, TrainingBatchSampler
 
@@ -25,9 +26,11 @@ def build_train_loader(cfg) -> DataLoader:
     Its ``batch_sampler`` is a :class:`TrainingBatchSampler` and its ``dataset`` a :class:`SampledDataset`; what they yield
     depends on their seed and the batch's number alone (``cfg.SEED``, or a random seed if that is negative).
     """
-    records = clean_annotations(
-        get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    )
+    names, filter_empty = cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    try:
+        records = clean_annotations(get_detection_dataset_dicts(names, filter_empty=filter_empty))
+    except AssertionError as error:  # detectron2's, for datasets without images
+        raise UserError(f"DATASETS.TRAIN {tuple(names)} cannot be trained on: {error}") from error
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:

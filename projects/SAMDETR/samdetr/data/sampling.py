@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from PIL.Image import DecompressionBombError
 from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
@@ -130,7 +131,7 @@ class SampledDataset(Dataset):
                 record = self.dataset[index]
                 try:
                     mapped = self.mapper(record)
-                except (OSError, ValueError, SyntaxError) as error:  # PIL raises all three for damaged files
+                except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:  # what PIL raises
                     name = str(record.get("file_name", record.get("image_id")))
                     if not self.skip_unreadable:
                         raise UnreadableImageError(

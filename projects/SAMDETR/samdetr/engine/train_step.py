@@ -12,11 +12,14 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
+from ..errors import UserError
+
 __all__ = ["TrainStep", "autocast"]
 
 logger = logging.getLogger(__name__)
 
 _MOST_SKIPS_IN_A_ROW = 100
+_SMALLEST_LOSS_SCALE = 1.0  # float16 gradients that overflow below this would overflow without any scale
 
 
 def autocast(cfg, device: torch.device):
@@ -45,6 +48,7 @@ class TrainStep(SimpleTrainer):
         self.accumulation_steps = cfg.SOLVER.ACCUMULATION_STEPS
         self.skip_non_finite = cfg.SOLVER.NON_FINITE == "skip"
         self.skips_in_a_row = 0
+        self.skip_unreadable = cfg.DATALOADER.UNREADABLE_IMAGES == "skip"
         self.max_unreadable = cfg.DATALOADER.MAX_UNREADABLE_IMAGES
         self.unreadable: set[str] = set()
 
@@ -55,15 +59,20 @@ class TrainStep(SimpleTrainer):
         self._count_unreadable(data)
         torch.manual_seed(step_seed(self.data_loader.batch_sampler.seed, self.iter, comm.get_rank()))
         self.optimizer.zero_grad()
+        statistics = self._batch_statistics() if self.skip_non_finite else []
+        before = [buffer.clone() for buffer in statistics]
         losses = self._backward(data)
         self.after_backward()
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)  # measures, and clips nothing
-        # With a scaler, gradients that overflow are part of its search for a scale: it leaves out the step by itself.
-        values = list(losses.values()) if self.scaler.is_enabled() else [norm, *losses.values()]
-        finite = torch.stack(values).isfinite().all().float()
+        # With a scaler, gradients that overflow are part of its search for a scale, and it leaves out the step by itself;
+        # but not when the scale has become so small that something else must be wrong.
+        searching = self.scaler.is_enabled() and self.scaler.get_scale() >= _SMALLEST_LOSS_SCALE
+        values = list(losses.values()) if searching else [norm, *losses.values()]
+        own = finite = torch.stack(values).isfinite().all().float()
         if comm.get_world_size() > 1:  # all processes decide alike
+            finite = own.clone()
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         if finite:
             self._write_metrics(losses, data_time)
@@ -71,12 +80,20 @@ class TrainStep(SimpleTrainer):
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self._handle_non_finite(losses, norm, data)
+            with torch.no_grad():
+                for buffer, value in zip(statistics, before):
+                    buffer.copy_(value)
+            self._handle_non_finite(losses, norm, data, bool(own))
+
+    def _batch_statistics(self) -> list[torch.Tensor]:
+        """The running statistics that a forward pass changes."""
+        norms = [m for m in self.inner.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training]
+        return [buffer for norm in norms for buffer in norm.buffers()]
 
     def _backward(self, data: list[dict]) -> dict[str, torch.Tensor]:
         """Accumulate the gradients of all parts of the batch; return the whole batch's losses."""
         if self.accumulation_steps > len(data):
-            raise ValueError(
+            raise UserError(
                 f"SOLVER.ACCUMULATION_STEPS is {self.accumulation_steps}, more than the {len(data)} images that each "
                 "process has a step (SOLVER.IMS_PER_BATCH divided by the processes)."
             )
@@ -97,14 +114,15 @@ class TrainStep(SimpleTrainer):
                 losses[name] = losses.get(name, 0) + loss.detach()
         return losses
 
-    def _handle_non_finite(self, losses: dict[str, torch.Tensor], norm: torch.Tensor, data: list[dict]) -> None:
-        """Stop, or leave this step out, by config."""
+    def _handle_non_finite(
+        self, losses: dict[str, torch.Tensor], norm: torch.Tensor, data: list[dict], own_is_finite: bool
+    ) -> None:
+        """Stop, or leave this step out, by config; every process says what the ones with the bad numbers had."""
         values = ", ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())
         names = ", ".join(str(inputs.get("file_name", inputs.get("image_id"))) for inputs in data)
-        message = (
-            f"Iteration {self.iter}: a loss or gradient is not finite (gradient norm {norm.item():.4g}; {values}). "
-            f"Images: {names}."
-        )
+        details = f"(gradient norm {norm.item():.4g}; {values}). Images: {names}."
+        bad = [text for fine, text in comm.all_gather((own_is_finite, details)) if not fine]
+        message = f"Iteration {self.iter}: a loss or gradient is not finite {' '.join(bad)}"
         self.skips_in_a_row += 1
         if not self.skip_non_finite or self.skips_in_a_row > _MOST_SKIPS_IN_A_ROW:
             raise FloatingPointError(
@@ -116,7 +134,10 @@ class TrainStep(SimpleTrainer):
             self.scaler.update()
 
     def _count_unreadable(self, data: list[dict]) -> None:
-        new = {name for inputs in data for name in inputs.get("unreadable_files", [])} - self.unreadable
+        if not self.skip_unreadable:
+            return
+        new = {name for inputs in data for name in inputs.get("unreadable_files", [])}
+        new = set().union(*comm.all_gather(new)) - self.unreadable
         if not new:
             return
         self.unreadable |= new

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import CheckedCheckpointer
 from ..data import build_test_loader, build_train_loader
+from ..errors import UserError
 from ..solver import build_optimizer
 from .train_step import TrainStep, autocast
 
@@ -115,8 +116,8 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self.inner_model = model
-        devices = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
-        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE.startswith("cuda") else None
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
         self._trainer = TrainStep(cfg, model, data_loader, optimizer)
         self.average = None
         checkpointables = {}
@@ -153,13 +154,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        """detectron2's, in the config's precision; the results are also written to OUTPUT_DIR/evaluation.json."""
+        """detectron2's, in the config's precision."""
         with autocast(cfg, next(model.parameters()).device):
-            results = super().test(cfg, model, evaluators)
-        if comm.is_main_process():
-            with PathManager.open(os.path.join(cfg.OUTPUT_DIR, "evaluation.json"), "w") as f:
-                json.dump({"datasets": list(cfg.DATASETS.TEST), "results": results}, f, indent=1)
-        return results
+            return super().test(cfg, model, evaluators)
 
     def build_hooks(self):
         cfg = self.cfg
@@ -181,21 +178,53 @@ class Trainer(DefaultTrainer):
         return result
 
     def _evaluate(self) -> dict:
+        if (
+            comm.get_world_size() > 1
+        ):  # BatchNorm's statistics, if not frozen, differ; rank 0's are those in checkpoints
+            for buffer in [*self.inner_model.buffers(), *self.evaluated_model.buffers()]:
+                torch.distributed.broadcast(buffer, 0)
         self._last_eval_results = self.test(self.cfg, self.evaluated_model)
+        write_results(self.cfg, self._last_eval_results, "evaluation.json", f"iteration {self.iter}")
         return self._last_eval_results
 
     def resume_or_load(self, resume=True):
-        self.checkpointer.complete = resume and self.checkpointer.has_checkpoint()
+        found = os.path.basename(self.checkpointer.get_checkpoint_file()) if resume else ""
+        if len(set(comm.all_gather(found))) > 1:
+            raise UserError(
+                f"The processes find different checkpoints in OUTPUT_DIR {self.cfg.OUTPUT_DIR}: it must be one folder that "
+                "all machines share."
+            )
+        self.checkpointer.complete = bool(found)
         super().resume_or_load(resume)
         self.data_loader.batch_sampler.start = self.start_iter
         if self.average is not None and not self.start_iter:
             self.average.module.load_state_dict(self.inner_model.state_dict())
 
     def state_dict(self):
-        return {**super().state_dict(), "seed": self.data_loader.batch_sampler.seed}
+        return {**super().state_dict(), "seed": self.data_loader.batch_sampler.seed, "settings": self._settings()}
+
+    def _settings(self) -> dict:
+        """Keys whose values a resumed run keeps from its checkpoint, or that change what it goes on with."""
+        solver = self.cfg.SOLVER
+        return {
+            "SOLVER.BASE_LR": solver.BASE_LR,
+            "SOLVER.BACKBONE_MULTIPLIER": solver.BACKBONE_MULTIPLIER,
+            "SOLVER.WEIGHT_DECAY": solver.WEIGHT_DECAY,
+            "SOLVER.IMS_PER_BATCH": solver.IMS_PER_BATCH,
+            "DATASETS.TRAIN": list(self.cfg.DATASETS.TRAIN),
+            "SEED": self.cfg.SEED,
+        }
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
+        for key, value in self._settings().items():
+            earlier = state_dict["settings"].get(key, value)
+            if earlier != value:
+                logger.warning(
+                    "%s was %s when this checkpoint was written and is now %s. A resumed run keeps its learning rates, weight "
+                    "decay and seed; to go on with others, start a new OUTPUT_DIR with MODEL.WEIGHTS.",
+                    *(key, earlier, value),
+                )
         self.data_loader.batch_sampler.seed = self.data_loader.dataset.seed = state_dict["seed"]
 
 
@@ -207,5 +236,14 @@ def evaluate(cfg) -> dict:
     CheckedCheckpointer(model, complete=True, use_average=cfg.SOLVER.EMA.ENABLED).load(cfg.MODEL.WEIGHTS)
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
+        stem = os.path.splitext(os.path.basename(cfg.MODEL.WEIGHTS))[0] or "random_weights"
+        write_results(cfg, results, f"evaluation_{stem}.json", cfg.MODEL.WEIGHTS)
         verify_results(cfg, results)
     return results
+
+
+def write_results(cfg, results: dict, name: str, weights: str) -> None:
+    """Write results, and what they are of, to a file in OUTPUT_DIR, on the main process."""
+    if comm.is_main_process():
+        with PathManager.open(os.path.join(cfg.OUTPUT_DIR, name), "w") as f:
+            json.dump({"weights": weights, "datasets": list(cfg.DATASETS.TEST), "results": results}, f, indent=1)
