@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config, tiny_model
 from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
 
 import samdetr
-from samdetr.checks import check_config, check_loaded, check_weights_file, merge_options
+from samdetr.checks import _check_same_classes, check_config, check_loaded, check_weights_file, merge_options
 from samdetr.errors import UserError
 
 
@@ -96,6 +97,14 @@ def test_datasets_must_agree_on_their_classes(shapes_root, tmp_path):
     options = ["DATASETS.COCO_FORMAT", entries, "DATASETS.TRAIN", ("in_order",), "DATASETS.TEST", ("swapped",)]
     with pytest.raises(UserError, match=r"'in_order' and 'swapped' have different classes.*number 0 is 'green'.*'red'"):
         check_config(tiny_config(*options, "MODEL.SAMDETR.NUM_CLASSES", 2), training=True)
+
+
+def test_datasets_with_other_numbers_of_classes_are_named():
+    """Also for other meta-architectures, whose number of classes this project does not check."""
+    MetadataCatalog.get("two").thing_classes = ["a", "b"]
+    MetadataCatalog.get("three").thing_classes = ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"number 2 is None in the first and 'c' in the second"):
+        _check_same_classes(["two", "three"])
 
 
 def test_precision_is_checked_for_evaluation_too():

@@ -339,6 +339,13 @@ def test_no_readable_checkpoint_is_an_error_and_not_a_new_start(tmp_path):
         train(trainer_config(tmp_path), resume=True)
 
 
+def test_a_checkpoint_of_another_trainer_is_not_resumed(tmp_path):
+    trainer = start(trainer_config(tmp_path))
+    torch.save({"model": trainer.inner_model.state_dict(), "trainer": {"iteration": 1}}, tmp_path / "model_0000001.pth")
+    with pytest.raises(UserError, match="was written by another trainer"):
+        start(trainer_config(tmp_path), resume=True)
+
+
 def test_resuming_a_run_of_another_architecture_is_refused(tmp_path):
     train(trainer_config(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)))
     with pytest.raises(UserError, match="of another architecture than the config"):

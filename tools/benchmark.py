@@ -123,11 +123,12 @@ def main() -> None:
         print(json.dumps(result))
         return
     results: dict[str, list[dict]] = {name: [] for name, *_ in variants}
-    own = sys.argv[1:]
+    height, width = arguments.size
+    common = ["--config-file", arguments.config_file, "--size", height, width, "--boxes", arguments.boxes]
+    common += ["--warmup", arguments.warmup, "--steps", arguments.steps, "--measure-one"]
     for _ in range(arguments.rounds):
         for name, *options in variants:
-            command = [sys.executable, __file__, *without_variants(own), "--measure-one"]
-            command += ["--variant", " ".join([name, *options])]
+            command = [sys.executable, __file__, *map(str, common), "--variant", " ".join([name, *options])]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"error: variant {name} failed:\n{done.stderr[-2000:]}")
@@ -144,20 +145,7 @@ def main() -> None:
     print(tabulate(rows, headers=["variant", "s a step", "ratio", "peak MiB", "ratio"], disable_numparse=True))
     if arguments.output:
         with open(arguments.output, "w") as f:
-            json.dump({"arguments": own, "runs": results}, f, indent=1)
-
-
-def without_variants(arguments: list[str]) -> list[str]:
-    """The command line without its --variant options and their values."""
-    kept, skip = [], False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument == "--variant":
-            skip = True
-        elif not argument.startswith("--variant="):
-            kept.append(argument)
-    return kept
+            json.dump({"arguments": sys.argv[1:], "runs": results}, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main() -> None:
     samdetr.add_samdetr_config(cfg)
     try:
         merge_options(cfg, arguments.config_file, ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"])
-        check_weights_file(arguments.weights)
+        check_weights_file(arguments.weights, given_as="--weights")
         model = build_model(cfg)
         CheckedCheckpointer(model, complete=True).load(arguments.weights)
     except UserError as error:

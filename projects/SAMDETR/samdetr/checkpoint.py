@@ -76,7 +76,7 @@ class CheckedCheckpointer(DetectionCheckpointer):
         files = self._resumable_files()
         for path in files:
             try:
-                check_weights_file(path)
+                check_weights_file(path, given_as="the checkpoint")
             except UserError as error:
                 logger.error("%s Trying the checkpoint before it.", error)
                 continue

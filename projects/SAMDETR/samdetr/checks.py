@@ -6,6 +6,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable
+from itertools import zip_longest
 
 import torch
 from detectron2.config import CfgNode
@@ -21,7 +22,7 @@ from .errors import UserError
 from .query_generator import QUERY_GENERATOR_REGISTRY
 from .semantics_aligner import SEMANTICS_ALIGNER_REGISTRY
 
-__all__ = ["check_config", "check_loaded", "check_weights_file", "merge_options"]
+__all__ = ["check_config", "check_loaded", "check_weights_file", "class_parameters", "merge_options"]
 
 
 def _suggest(name: str, choices: Iterable[str]) -> str:
@@ -116,11 +117,12 @@ def _check_same_classes(names: list[str]) -> None:
     for name, found in classes.items():
         first = next(iter(classes))
         if list(found) != list(classes[first]):
-            different = next(i for i, pair in enumerate(zip(found, classes[first])) if pair[0] != pair[1])
+            pairs = list(zip_longest(classes[first], found))
+            different = next(i for i, (a, b) in enumerate(pairs) if a != b)
             raise UserError(
                 f"{first!r} and {name!r} have different classes or orders of classes: number {different} is "
-                f"{classes[first][different]!r} in the first and {found[different]!r} in the second. Classes are ordered by "
-                "their category ids: give them the same ids in both annotation files."
+                f"{pairs[different][0]!r} in the first and {pairs[different][1]!r} in the second. Classes are ordered by their "
+                "category ids: give them the same ids in both annotation files."
             )
 
 
@@ -211,8 +213,12 @@ def _check_dataset(key: str, name: str, cfg: CfgNode) -> None:
             )
 
 
-def check_weights_file(path: str) -> None:
+def check_weights_file(path: str, given_as: str = "MODEL.WEIGHTS") -> None:
     """Check that a weights file on this machine is there and can be read; addresses are left to detectron2.
+
+    Args:
+        path: of the file.
+        given_as: what to call it in a message: the key or option that names it.
 
     Raises:
         UserError: it is missing, truncated, not a checkpoint, or holds objects that are refused for safety.
@@ -221,7 +227,7 @@ def check_weights_file(path: str) -> None:
     if not path or "://" in path:
         return
     if not PathManager.isfile(path):
-        raise UserError(f"MODEL.WEIGHTS {path}: there is no such file (looked in {os.getcwd()}).")
+        raise UserError(f"{given_as} {path}: there is no such file (looked in {os.getcwd()}).")
     if path.endswith(".pkl"):
         return
     try:
@@ -229,13 +235,13 @@ def check_weights_file(path: str) -> None:
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and zipfile.is_zipfile(path):
             raise UserError(
-                f"MODEL.WEIGHTS {path} holds Python objects beside tensors, which are not loaded for safety. If you trust "
+                f"{given_as} {path} holds Python objects beside tensors, which are not loaded for safety. If you trust "
                 'it, load it once with torch.load(path, weights_only=False) and save only its "model" entry.'
             ) from error
-        raise UserError(f"MODEL.WEIGHTS {path} is not a checkpoint, or is damaged: {error}") from error
+        raise UserError(f"{given_as} {path} is not a checkpoint, or is damaged: {error}") from error
     except Exception as error:  # torch raises RuntimeError, EOFError, zipfile's and pickle's errors for damaged files
         raise UserError(
-            f"MODEL.WEIGHTS {path} is truncated, damaged or not a checkpoint ({type(error).__name__}): copy it again, or "
+            f"{given_as} {path} is truncated, damaged or not a checkpoint ({type(error).__name__}): copy it again, or "
             "name another file."
         ) from error
 

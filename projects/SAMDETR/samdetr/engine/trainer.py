@@ -67,11 +67,12 @@ def freeze_unused_backbone(model: torch.nn.Module) -> None:
 
     They would never get a gradient, and DistributedDataParallel would wait for one.
     """
-    backbone = getattr(model, "backbone", None)
     if not hasattr(model, "in_features"):
         return
+    backbone = model.backbone
     trainable = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
-    side = 64 * max(1, backbone.size_divisibility // 64)
+    divisor = max(1, backbone.size_divisibility)
+    side = -(-64 // divisor) * divisor
     was_training = backbone.training
     features = backbone.eval()(torch.zeros(1, 3, side, side, device=model.device))
     backbone.train(was_training)
@@ -181,24 +182,31 @@ class Trainer(DefaultTrainer):
         if (
             comm.get_world_size() > 1
         ):  # BatchNorm's statistics, if not frozen, differ; rank 0's are those in checkpoints
-            for buffer in [*self.inner_model.buffers(), *self.evaluated_model.buffers()]:
+            for buffer in self.evaluated_model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         self._last_eval_results = self.test(self.cfg, self.evaluated_model)
         write_results(self.cfg, self._last_eval_results, "evaluation.json", f"iteration {self.iter}")
         return self._last_eval_results
 
     def resume_or_load(self, resume=True):
-        found = os.path.basename(self.checkpointer.get_checkpoint_file()) if resume else ""
-        if len(set(comm.all_gather(found))) > 1:
+        """Go on from the last checkpoint in OUTPUT_DIR, if ``resume`` and there is one, else start from MODEL.WEIGHTS.
+
+        Raises:
+            UserError: no checkpoint there can be read, it does not fit, or the processes find different ones.
+        """
+        path = self.checkpointer.get_checkpoint_file() if resume else ""
+        if len(set(comm.all_gather(os.path.basename(path)))) > 1:
             raise UserError(
                 f"The processes find different checkpoints in OUTPUT_DIR {self.cfg.OUTPUT_DIR}: it must be one folder that "
                 "all machines share."
             )
-        self.checkpointer.complete = bool(found)
-        super().resume_or_load(resume)
+        self.checkpointer.complete = bool(path)
+        if path:
+            self.checkpointer.load(path)
+            self.start_iter = self.iter + 1  # the checkpoint holds the iteration that was finished
+        else:
+            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
         self.data_loader.batch_sampler.start = self.start_iter
-        if self.average is not None and not self.start_iter:
-            self.average.module.load_state_dict(self.inner_model.state_dict())
 
     def state_dict(self):
         return {**super().state_dict(), "seed": self.data_loader.batch_sampler.seed, "settings": self._settings()}
@@ -216,6 +224,11 @@ class Trainer(DefaultTrainer):
         }
 
     def load_state_dict(self, state_dict):
+        if "settings" not in state_dict:
+            raise UserError(
+                f"The checkpoint in OUTPUT_DIR {self.cfg.OUTPUT_DIR} was written by another trainer and cannot be "
+                "resumed here: name it in MODEL.WEIGHTS and another OUTPUT_DIR."
+            )
         super().load_state_dict(state_dict)
         for key, value in self._settings().items():
             earlier = state_dict["settings"].get(key, value)
