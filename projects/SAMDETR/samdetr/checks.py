@@ -232,14 +232,12 @@ def check_weights_file(path: str, given_as: str = "MODEL.WEIGHTS") -> None:
         return
     try:
         torch.load(path, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and zipfile.is_zipfile(path):
+    except Exception as error:  # torch raises many types for damaged files
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
             raise UserError(
                 f"{given_as} {path} holds Python objects beside tensors, which are not loaded for safety. If you trust "
                 'it, load it once with torch.load(path, weights_only=False) and save only its "model" entry.'
             ) from error
-        raise UserError(f"{given_as} {path} is not a checkpoint, or is damaged: {error}") from error
-    except Exception as error:  # torch raises RuntimeError, EOFError, zipfile's and pickle's errors for damaged files
         raise UserError(
             f"{given_as} {path} is truncated, damaged or not a checkpoint ({type(error).__name__}): copy it again, or "
             "name another file."
