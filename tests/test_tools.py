@@ -114,20 +114,23 @@ def test_another_class_count_starts_anew_and_says_so(tmp_path, caplog):
     ("config", "gflops"), [("sam_detr_R_50_1x", 95), ("sam_detr_R_50_DC5_1x", 182), ("sam_detr_pp_R_50_1x", 197)]
 )
 def test_gflops_are_the_published_codes(config, gflops):
-    """At 800 x 1066, without what the published code's count leaves out.
+    """At 800 x 1066, without what the published code's count leaves out, and with what it computes on top.
 
-    That is RoIAlign, a compiled op there, and in dense encoders the product of queries and keys: given a padding mask,
-    torch's attention computes it by baddbmm, which fvcore does not know.
+    It leaves out RoIAlign, a compiled op there, and in dense encoders the product of queries and keys: given a padding
+    mask, torch's attention computes it by baddbmm, which fvcore does not know. It reduces the channels of 49 pooled cells
+    for each query; here those of the map's pixels are reduced.
     """
     from analyze_model import count_flops
 
     cfg = load_config(config)
     counts = count_flops(build_model(cfg).eval(), 800, 1066)
-    known_to_fvcore = counts["total"] - counts["roi_align"]
-    if cfg.MODEL.SAMDETR.ENCODER.NAME == "TransformerEncoder":
-        stride = 16 if "DC5" in config else 32
-        pixels = -(-800 // stride) * -(-1066 // stride)
-        known_to_fvcore -= 6 * pixels**2 * 256
+    dense = cfg.MODEL.SAMDETR.ENCODER.NAME == "TransformerEncoder"
+    strides = ([16] if "DC5" in config else [32]) if dense else [8, 16, 32]
+    pixels = [-(-800 // stride) * -(-1066 // stride) for stride in strides]  # each level serves 6 / 1 or 6 / 3 layers
+    reductions = 6 * 300 * 49 - 6 // len(pixels) * sum(pixels)
+    known_to_fvcore = counts["total"] - counts["roi_align"] + reductions * 256 * 64
+    if dense:
+        known_to_fvcore -= 6 * pixels[0] ** 2 * 256
     assert known_to_fvcore / 1e9 == pytest.approx(gflops, rel=0.01)
 
 
@@ -141,7 +144,8 @@ def test_flops_are_counted_once_and_by_hand():
     # Class heads: 3 layers, 12 queries, 32 to 10; box heads: 32 to 32 to 32 to 4.
     assert counts["decoder.class_heads"] == 3 * 12 * 32 * 10
     assert counts["decoder.box_heads"] == 3 * 12 * (32 * 32 * 2 + 32 * 4)
-    assert counts["roi_align"] == 3 * 12 * 7 * (8 * 8 + 7 * 8) * 32
+    # 8 x 8 features. Rows, then columns of 7 x 7 bins of 8 channels; 4 heads' weights along both axes; their samples.
+    assert counts["roi_align"] == 3 * 12 * (7 * 8 * 8 * 8 + 7 * 7 * 8 * 8 + 2 * 4 * 7 * 8 + 4 * 8 * 8 * 32)
 
 
 @pytest.mark.slow
@@ -270,14 +274,43 @@ def test_analysis_averages_over_a_datasets_images():
 def test_benchmark_compares_variants(tmp_path):
     config = ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml"
     variants = ["--variant", "plain", "--variant", "half SOLVER.AMP.ENABLED True"]
-    few = ["--rounds", 1, "--steps", 2, "--warmup", 1, "--size", 64, 64]
+    variants += ["--variant", f"same checkout={ROOT} size=96x64 batch=1"]
+    few = ["--task", "train", "inference", "--rounds", 1, "--steps", 2, "--warmup", 1, "--size", 64, 64, "--breakdown"]
     result = run_tool("benchmark.py", "--config-file", config, *variants, *few, "--output", tmp_path / "out.json")
     assert result.returncode == 0, result.stderr
-    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines()}
-    assert rows["plain"][2] == "1.00" and float(rows["half"][1]) > 0
-    assert set(json.loads((tmp_path / "out.json").read_text())["runs"]) == {"plain", "half"}
-    wrong = run_tool("benchmark.py", "--config-file", config, "--variant", "x SOLVER.NOTHING 1")
-    assert wrong.returncode == 1 and "no config key SOLVER.NOTHING" in wrong.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    found = {(r["task"], r["name"]): r for r in report["results"]}
+    assert set(found) == {(task, name) for task in ("train", "inference") for name in ("plain", "half", "same")}
+    assert found["train", "same"]["size"] == [96, 64] and found["train", "same"]["batch"] == 1
+    for (task, _), r in found.items():
+        # Profiling slows a step of a few milliseconds down, but every part must have been seen.
+        assert r["seconds"] > 0 and sum(r["breakdown"].values()) > r["seconds"] / 2
+        parts = {"backbone", "encoder", "decoder: aligner", "decoder: cross_attention"}
+        parts |= {"matcher", "loss", "optimizer"} if task == "train" else {"post-processing"}
+        assert parts <= set(r["breakdown"])
+    rows = [line.split("|") for line in result.stdout.splitlines() if line.startswith("| train")]
+    assert [row[2].strip() for row in rows] == ["plain", "half", "same"] and rows[0][5].strip() == "1.00"
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("x SOLVER.NOTHING 1", "no config key SOLVER.NOTHING"),
+        ("x checkout=/nowhere", "/nowhere is not a checkout of this project"),
+        ("x size=480", "'size=480' is not understood"),
+        ("x config=nothing.yaml", "nothing.yaml: there is no such file"),
+    ],
+)
+def test_benchmark_refuses_a_wrong_variant(variant, message):
+    config = ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml"
+    wrong = run_tool("benchmark.py", "--config-file", config, "--variant", variant)
+    assert wrong.returncode == 1 and message in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_benchmark_reads_the_model_zoo():
+    from benchmark import read_config
+
+    assert read_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", []).MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
 
 
 @pytest.mark.slow

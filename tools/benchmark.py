@@ -1,26 +1,41 @@
 #!/usr/bin/env python
-"""Measure training steps of a config and of variants of it: time, peak memory, and ratios to the first.
+"""Measure training steps and inference of configs, options or checkouts: time, peak memory, and ratios to the first.
 
-    tools/benchmark.py --config-file configs/sam_detr_digits.yaml \\
-        --variant "plain" --variant "bfloat16 SOLVER.AMP.ENABLED True" \\
-        --variant "recomputing MODEL.SAMDETR.ACTIVATION_CHECKPOINTING True"
+    tools/benchmark.py --config-file configs/sam_detr_smca_R_50_1x.yaml --task train inference --size 480 640 --batch 2
+    tools/benchmark.py --config-file configs/sam_detr_digits.yaml --variant plain \\
+        --variant "recomputing MODEL.SAMDETR.ACTIVATION_CHECKPOINTING True" --breakdown
+    tools/benchmark.py --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --size 480 640 --variant after \\
+        --variant "before checkout=../old" --variant "faster_rcnn config=COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 
-Each variant is a name followed by config options. Each measurement is a process of its own (so that peak memory is its
-own); the variants take turns, round by round, so that a machine that slows down slows all of them down. Random images of
---size with --boxes boxes each; a step is data transfer, forward, loss, backward and optimizer, as in training. Memory is the
-peak resident size above that before the first step (CUDA: the peak that torch allocated).
+A variant is a name, followed by config options, and by any of ``config=FILE`` (another config; a name in detectron2's model
+zoo will do), ``checkout=FOLDER`` (another checkout of this project: its code, and its file of the config's name),
+``size=HEIGHTxWIDTH``, ``batch=N`` and ``boxes=N``.
+
+Tasks: ``train`` is a whole training step with the optimizer, ``gradients`` forward, loss and backward alone, ``inference``
+images to detections. All on random images with random boxes and random weights.
+
+Each measurement is a process of its own (so that peak memory is its own); the variants take turns, round by round, so that
+a machine that slows down slows all of them down. Memory is the peak resident size above that before the first step (CUDA:
+the peak that torch allocated). ``--breakdown`` profiles one more step and shares its time out among the model's parts; the
+backward pass counts where its forward pass was.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import torchvision
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -29,17 +44,25 @@ from tabulate import tabulate
 
 import samdetr
 from samdetr.checks import merge_options
-from samdetr.engine.train_step import TrainStep
+from samdetr.engine.train_step import TrainStep, autocast
 from samdetr.errors import UserError
 from samdetr.solver import build_optimizer
 
+TASKS = ("train", "gradients", "inference")
+DTYPES = {"float32": None, "bfloat16": "bfloat16", "float16": "float16"}
+_PART = "part: "  # how the profiler's ranges of parts begin
+
 
 def read_config(config_file: str, options: list[str]):
+    """The config of a variant; a file that is not here is looked up in detectron2's model zoo."""
     cfg = get_cfg()
     samdetr.add_samdetr_config(cfg)
+    if not Path(config_file).exists():
+        from detectron2 import model_zoo  # importing it warns about setuptools
+
+        with contextlib.suppress(RuntimeError):
+            config_file = model_zoo.get_config_file(config_file)
     merge_options(cfg, config_file, options)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
@@ -48,16 +71,15 @@ class RandomBatches:
 
     batch_sampler = SimpleNamespace(seed=0)
 
-    def __init__(self, cfg, size: tuple[int, int], num_boxes: int):
+    def __init__(self, batch: int, size: tuple[int, int], num_boxes: int, num_classes: int):
         generator = torch.Generator().manual_seed(0)
         height, width = size
         self.batch = []
-        for _ in range(cfg.SOLVER.IMS_PER_BATCH):
+        for _ in range(batch):
             corners = torch.rand(num_boxes, 2, 2, generator=generator).sort(1).values.flatten(1)
             instances = Instances(size)
             instances.gt_boxes = Boxes(corners * torch.tensor([width, height, width, height]))
-            classes = cfg.MODEL.SAMDETR.NUM_CLASSES
-            instances.gt_classes = torch.randint(classes, (num_boxes,), generator=generator)
+            instances.gt_classes = torch.randint(num_classes, (num_boxes,), generator=generator)
             image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
             self.batch.append({"image": image, "height": height, "width": width, "instances": instances})
 
@@ -66,86 +88,290 @@ class RandomBatches:
             yield self.batch
 
 
-def measure(cfg, size: tuple[int, int], num_boxes: int, warmup: int, steps: int) -> dict:
-    """Train for a few steps.
+def make_step(cfg, task: str, model: torch.nn.Module, loader: RandomBatches):
+    """A function of the iteration's number that does one step of the task."""
+    device = torch.device(cfg.MODEL.DEVICE)
+    if task == "inference":
 
-    Returns:
-        ``seconds`` (median of a step) and ``mebibytes`` (peak above the start).
-    """
-    torch.manual_seed(0)
-    torch.set_flush_denormal(True)
-    model = build_model(cfg).train()
+        def infer(iteration: int) -> None:
+            with torch.no_grad(), autocast(cfg, device):
+                model(loader.batch)
+
+        return infer
+    if task == "gradients":
+
+        def differentiate(iteration: int) -> None:
+            model.zero_grad()
+            with autocast(cfg, device):
+                losses = model(loader.batch)
+            sum(losses.values()).backward()
+
+        return differentiate
     average = None
     if cfg.SOLVER.EMA.ENABLED:
         rate = torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.SOLVER.EMA.DECAY)
         average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=rate)
-    step = TrainStep(cfg, model, RandomBatches(cfg, size, num_boxes), build_optimizer(cfg, model))
+    trainer = TrainStep(cfg, model, loader, build_optimizer(cfg, model))
+
+    def train(iteration: int) -> None:
+        trainer.iter = iteration
+        trainer.run_step()
+        if average is not None:
+            average.update_parameters(model)
+
+    return train
+
+
+class Annotated:
+    """A callable that is no module, as a range in the profiler."""
+
+    def __init__(self, name: str, inner):
+        self.name, self.inner = name, inner
+
+    def __call__(self, *args, **kwargs):
+        with torch.profiler.record_function(_PART + self.name):
+            return self.inner(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
+
+
+@contextlib.contextmanager
+def annotated_parts(model: torch.nn.Module):
+    """Let the profiler see the model's parts: its children and, in a SAMDETR, what its decoder and its loss consist of."""
+    modules = {name: [child] for name, child in model.named_children()}
+    decoder = getattr(model, "decoder", None)
+    for layer in getattr(decoder, "layers", ()):
+        for name, child in layer.named_children():
+            if not name.endswith("_norm"):
+                modules.setdefault(f"decoder: {name}", []).append(child)
+    replaced = [(module, "forward", name) for name, group in modules.items() for module in group]
+    if isinstance(model, samdetr.SAMDETR):
+        replaced += [(model.criterion, "matcher", "matcher"), (model, "criterion", "loss")]
+        replaced += [(samdetr.meta_arch, "select_detections", "post-processing")]
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, name in replaced:
+            stack.enter_context(mock.patch.object(owner, attribute, Annotated(name, getattr(owner, attribute))))
+        yield
+
+
+def breakdown(step, iteration: int, model: torch.nn.Module, cuda: bool) -> dict[str, float]:
+    """Seconds of one step by part, with profiling's overhead; what belongs to none is ``other``."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with annotated_parts(model), torch.profiler.profile(activities=activities) as profile:
+        step(iteration)
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    part_of_sequence: dict[int, str] = {}  # autograd numbers its nodes in the order of the operations that made them
+
+    def part_of(event) -> str:
+        while event is not None:
+            if event.name.startswith(_PART):
+                return event.name.removeprefix(_PART)
+            if event.name.startswith(("Optimizer.step", "Optimizer.zero_grad")):
+                return "optimizer"
+            if event.name.startswith("autograd::engine::evaluate_function"):
+                return part_of_sequence.get(event.sequence_nr, "other")
+            event = event.cpu_parent
+        return "other"
+
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.sequence_nr >= 0 and not event.name.startswith("autograd::"):
+            part_of_sequence[event.sequence_nr] = part_of(event)
+    microseconds: Counter[str] = Counter()
+    for event in events:
+        microseconds[part_of(event)] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    return {part: value / 1e6 for part, value in microseconds.most_common()}
+
+
+def measure(
+    cfg, task: str, size: tuple[int, int], batch: int, boxes: int, warmup: int, steps: int, with_breakdown: bool
+) -> dict:
+    """Do a few steps.
+
+    Returns:
+        ``seconds`` (median of a step), ``mebibytes`` (peak above the start) and, if asked for, ``breakdown`` (seconds by
+        part).
+    """
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
+    model = build_model(cfg).train(task != "inference")
+    classes = cfg.MODEL.SAMDETR.NUM_CLASSES if isinstance(model, samdetr.SAMDETR) else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    step = make_step(cfg, task, model, RandomBatches(batch, size, boxes, classes))
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []
     with EventStorage():
-        for step.iter in range(warmup + steps):
+        for iteration in range(warmup + steps):
             if cuda:
                 torch.cuda.synchronize()
             before = time.perf_counter()
-            step.run_step()
-            if average is not None:
-                average.update_parameters(model)
+            step(iteration)
             if cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - before)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    mebibytes = torch.cuda.max_memory_allocated() / 2**20 if cuda else (peak - start) / 2**10
-    return {"seconds": statistics.median(times[warmup:]), "mebibytes": mebibytes}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        mebibytes = torch.cuda.max_memory_allocated() / 2**20 if cuda else (peak - start) / 2**10
+        result = {"seconds": statistics.median(times[warmup:]), "mebibytes": mebibytes}
+        if with_breakdown:
+            result["breakdown"] = breakdown(step, warmup + steps, model, cuda)
+    return result
+
+
+def parse_variant(text: str, arguments: argparse.Namespace) -> dict:
+    """A variant as a dictionary: ``name``, ``config``, ``checkout``, ``size``, ``batch``, ``boxes``, ``options``."""
+    name, *words = text.split()
+    variant = {
+        "name": name,
+        "config": arguments.config_file,
+        "checkout": None,
+        "size": list(arguments.size),
+        "batch": arguments.batch,
+        "boxes": arguments.boxes,
+        "options": [],
+    }
+    for word in words:
+        key, equals, value = word.partition("=")
+        try:
+            if not equals or key not in variant or key in ("name", "options"):
+                variant["options"].append(word)
+            elif key == "size":
+                height, width = value.split("x")
+                variant["size"] = [int(height), int(width)]
+            else:
+                variant[key] = int(value) if key in ("batch", "boxes") else value
+        except ValueError:
+            raise UserError(f"--variant {text!r}: {word!r} is not understood; write size=480x640 or batch=2.") from None
+    checkout = variant["checkout"]
+    if checkout:
+        if not (Path(checkout) / "projects" / "SAMDETR" / "samdetr").is_dir():
+            raise UserError(f"--variant {text!r}: {checkout} is not a checkout of this project.")
+        if (Path(checkout) / variant["config"]).is_file():
+            variant["config"] = str(Path(checkout) / variant["config"])
+    variant["options"] += ["MODEL.DEVICE", arguments.device]
+    if DTYPES[arguments.precision]:
+        variant["options"] += ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", DTYPES[arguments.precision]]
+    return variant
+
+
+def run_measurement(variant: dict, task: str, arguments: argparse.Namespace) -> dict:
+    """Measure a variant in a process of its own, with the package of its checkout."""
+    counts = {"warmup": arguments.warmup, "steps": arguments.steps, "with_breakdown": arguments.breakdown}
+    environment = dict(os.environ)
+    if variant["checkout"]:
+        package = str(Path(variant["checkout"]).resolve() / "projects" / "SAMDETR")
+        environment["PYTHONPATH"] = os.pathsep.join([package, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    command = [sys.executable, __file__, "--measure-one", json.dumps({**variant, **counts, "task": task})]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"variant {variant['name']} failed at {task}:\n" + "\n".join(lines[-20:]))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_one(request: dict) -> dict:
+    """What the process of one measurement does."""
+    cfg = read_config(request["config"], request["options"])
+    keys = ("task", "batch", "boxes", "warmup", "steps", "with_breakdown")
+    return measure(cfg, size=tuple(request["size"]), **{key: request[key] for key in keys})
+
+
+def median_of(runs: list[dict]) -> dict:
+    """The median of every figure over the rounds."""
+    result = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "mebibytes")}
+    if "breakdown" in runs[0]:
+        parts = runs[0]["breakdown"]
+        result["breakdown"] = {
+            part: statistics.median(run["breakdown"].get(part, 0.0) for run in runs) for part in parts
+        }
+    return result
+
+
+def measure_variants(variants: list[dict], tasks: list[str], arguments: argparse.Namespace) -> list[dict]:
+    """Measure all variants interleaved; one result each variant and task, with the median over rounds and all runs."""
+    runs: dict[tuple[str, str], list[dict]] = {(task, variant["name"]): [] for task in tasks for variant in variants}
+    for _ in range(arguments.rounds):
+        for task in tasks:
+            for variant in variants:
+                runs[task, variant["name"]].append(run_measurement(variant, task, arguments))
+    return [
+        {**variant, "task": task, **median_of(runs[task, variant["name"]]), "runs": runs[task, variant["name"]]}
+        for task in tasks
+        for variant in variants
+    ]
+
+
+def environment_of(arguments: argparse.Namespace) -> dict:
+    """What a reader needs to know about the machine."""
+    device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "CPU"
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "precision": arguments.precision,
+    }
+
+
+def write_json(path: str, results: list[dict], arguments: argparse.Namespace) -> None:
+    report = {"command": sys.argv[1:], "environment": environment_of(arguments), "results": results}
+    Path(path).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def print_tables(results: list[dict]) -> None:
+    rows = []
+    for result in results:
+        first = next(other for other in results if other["task"] == result["task"])
+        seconds, mebibytes = result["seconds"], result["mebibytes"]
+        ratios = seconds / first["seconds"], mebibytes / max(first["mebibytes"], 1)
+        figures = f"{seconds:.3f}", f"{ratios[0]:.2f}", f"{mebibytes:.0f}", f"{ratios[1]:.2f}"
+        height, width = result["size"]
+        rows.append([result["task"], result["name"], f"{result['batch']} x {height} x {width}", *figures])
+    headers = ["task", "variant", "images", "s a step", "ratio", "peak MiB", "ratio"]
+    print(tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github"))
+    for task in dict.fromkeys(result["task"] for result in results):
+        columns = [result for result in results if result["task"] == task and "breakdown" in result]
+        if columns:
+            parts = dict.fromkeys(part for result in columns for part in result["breakdown"])
+            rows = [[p, *(f"{1000 * result['breakdown'].get(p, 0):.0f}" for result in columns)] for p in parts]
+            print(f"\n{task}, ms of one step by part, profiled:\n")
+            print(tabulate(rows, headers=["part", *(r["name"] for r in columns)], tablefmt="github"))
+
+
+def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark of this folder shares."""
+    parser.add_argument("--config-file", required=True, help="a config of this project")
+    parser.add_argument("--size", type=int, nargs=2, default=(128, 128), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--batch", type=int, default=2, help="images a step")
+    parser.add_argument("--boxes", type=int, default=8, help="boxes an image")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=DTYPES, default="float32")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant and task")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each process that are not counted")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each process that are counted")
+    parser.add_argument("--output", help="also write all figures to this JSON file")
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--measure-one"]:
+        print(json.dumps(measure_one(json.loads(sys.argv[2]))))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="a config of this project")
-    parser.add_argument(
-        "--variant", action="append", help="a name, then config options; the first is the base of ratios"
-    )
-    parser.add_argument("--size", type=int, nargs=2, default=(128, 128), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--boxes", type=int, default=8, help="boxes an image")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
-    parser.add_argument("--warmup", type=int, default=3, help="steps of each process that are not counted")
-    parser.add_argument("--steps", type=int, default=10, help="steps of each process that are counted")
-    parser.add_argument("--output", help="also write the table's numbers to this JSON file")
-    parser.add_argument("--measure-one", action="store_true", help=argparse.SUPPRESS)
+    add_measurement_arguments(parser)
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=["train"])
+    parser.add_argument("--variant", action="append", help="see above; the first is the base of the ratios")
+    parser.add_argument("--breakdown", action="store_true", help="share the time out among the model's parts")
     arguments = parser.parse_args()
-    variants = [variant.split() for variant in arguments.variant or ["plain"]]
     try:
-        configs = [read_config(arguments.config_file, options) for _, *options in variants]
+        variants = [parse_variant(variant, arguments) for variant in arguments.variant or ["plain"]]
+        for variant in variants:
+            if not variant["checkout"]:  # a mistake is found before anything is measured
+                read_config(variant["config"], variant["options"])
+        results = measure_variants(variants, arguments.task, arguments)
     except UserError as error:
         sys.exit(f"error: {error}")
-    if arguments.measure_one:
-        result = measure(configs[0], tuple(arguments.size), arguments.boxes, arguments.warmup, arguments.steps)
-        print(json.dumps(result))
-        return
-    results: dict[str, list[dict]] = {name: [] for name, *_ in variants}
-    height, width = arguments.size
-    common = ["--config-file", arguments.config_file, "--size", height, width, "--boxes", arguments.boxes]
-    common += ["--warmup", arguments.warmup, "--steps", arguments.steps, "--measure-one"]
-    for _ in range(arguments.rounds):
-        for name, *options in variants:
-            command = [sys.executable, __file__, *map(str, common), "--variant", " ".join([name, *options])]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"error: variant {name} failed:\n{done.stderr[-2000:]}")
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-    medians = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
-    }
-    first = medians[variants[0][0]]
-    rows = []
-    for name, m in medians.items():
-        seconds, mebibytes = m["seconds"], m["mebibytes"]
-        ratios = seconds / first["seconds"], mebibytes / max(first["mebibytes"], 1)
-        rows.append([name, f"{seconds:.3f}", f"{ratios[0]:.2f}", f"{mebibytes:.0f}", f"{ratios[1]:.2f}"])
-    print(tabulate(rows, headers=["variant", "s a step", "ratio", "peak MiB", "ratio"], disable_numparse=True))
+    print_tables(results)
     if arguments.output:
-        with open(arguments.output, "w") as f:
-            json.dump({"arguments": sys.argv[1:], "runs": results}, f, indent=1)
+        write_json(arguments.output, results, arguments)
 
 
 if __name__ == "__main__":
