@@ -1,12 +1,15 @@
 """samdetr.backbone: DC5 by torchvision's rule, and the small ResNet."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
 from conftest import load_config, tiny_config
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 
+from samdetr.backbone import FoldedConv2d, optimize_backbone
 from samdetr.checkpoint import convert_published_state_dict
 
 
@@ -37,6 +40,39 @@ def test_dc5_is_torchvisions():
 def test_dc5_needs_the_dilation():
     with pytest.raises(ValueError, match="RES5_DILATION is 1"):
         build_backbone(load_config("sam_detr_R_50_DC5_1x", "MODEL.RESNETS.RES5_DILATION", 1))
+
+
+def frozen_conv(bias=False):
+    conv = Conv2d(6, 8, 3, stride=2, padding=1, bias=bias, norm=FrozenBatchNorm2d(8), activation=torch.relu)
+    for buffer in (conv.norm.weight, conv.norm.bias, conv.norm.running_mean):
+        buffer.normal_()
+    conv.norm.running_var.uniform_(0.5, 2)
+    return conv
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_folded_norms_change_nothing_but_rounding(bias):
+    """Outputs, gradients and the state dict are those of convolution and norm one after the other."""
+    plain = frozen_conv(bias)
+    folded = optimize_backbone(copy.deepcopy(plain))
+    assert isinstance(folded, FoldedConv2d) and folded.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in folded.state_dict().items())
+    x = torch.randn(2, 6, 9, 7)
+    outputs = plain(x), folded(x)
+    assert torch.allclose(*outputs, atol=1e-5)
+    weight = torch.randn_like(outputs[0])
+    gradients = [
+        torch.autograd.grad((output * weight).sum(), tuple(module.parameters()))
+        for output, module in zip(outputs, (plain, folded))
+    ]
+    for expected, found in zip(*gradients):
+        assert torch.allclose(expected, found, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_that_learn_are_not_folded():
+    backbone = optimize_backbone(build_backbone(tiny_config("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0)))
+    assert not any(isinstance(module, FoldedConv2d) for module in backbone.modules())
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
 
 
 def test_mini_resnet():

@@ -10,6 +10,7 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from .backbone import optimize_backbone
 from .boxes import xyxy_to_cxcywh
 from .criterion import SetCriterion
 from .decoder import Decoder
@@ -46,7 +47,7 @@ class SAMDETR(nn.Module):
     ):
         """
         Args:
-            backbone: follows detectron2's backbone interface.
+            backbone: follows detectron2's backbone interface; optimized in place, see :func:`optimize_backbone`.
             in_features: names of the backbone's outputs to use, from the finest to the coarsest.
             feature_projection: makes levels of the chosen features.
             encoder: see :data:`samdetr.encoder.ENCODER_REGISTRY`.
@@ -58,7 +59,7 @@ class SAMDETR(nn.Module):
             pixel_mean, pixel_std: of each channel, in the images' units (0 to 255).
         """
         super().__init__()
-        self.backbone = backbone
+        self.backbone = optimize_backbone(backbone)
         self.in_features = list(in_features)
         self.feature_projection = feature_projection
         self.encoder = encoder
@@ -212,7 +213,7 @@ class SAMDETR(nn.Module):
 
     def decode(self, images: ImageList, targets: list[ImageTarget] | None) -> tuple[dict[str, Tensor], QueryBatch]:
         """Run the network; return the decoder's predictions and the queries that it was given."""
-        features = self.backbone(images.tensor)
+        features = self.backbone(images.tensor.contiguous(memory_format=torch.channels_last))
         levels = self.feature_projection([features[name] for name in self.in_features], images.image_sizes)
         levels = self.encoder(levels)
         queries = self.query_generator(len(images), targets)
