@@ -5,8 +5,15 @@ import torch
 import torch.nn.functional as F
 from torchvision import ops
 
+from samdetr import layers
 from samdetr.boxes import cxcywh_to_xyxy
-from samdetr.roi_align import linear_interpolation_weights, roi_align
+from samdetr.roi_align import (
+    linear_interpolation_weights,
+    roi_align,
+    roi_align_weights,
+    sample_separably,
+    sample_separably_plain,
+)
 
 
 def torchvision_roi_align(features, boxes, valid_size, output_size):
@@ -17,6 +24,11 @@ def torchvision_roi_align(features, boxes, valid_size, output_size):
         valid = feature[:height, :width].permute(2, 0, 1)[None].contiguous()
         pooled.append(ops.roi_align(valid, [corners], output_size, sampling_ratio=-1, aligned=True))
     return torch.stack(pooled).permute(0, 1, 3, 4, 2)
+
+
+def pool(features, boxes, valid_size, output_size):
+    rows, columns = roi_align_weights(boxes, valid_size, features.shape[1:3], output_size)
+    return roi_align(features, rows, columns)
 
 
 def random_boxes(batch, number):
@@ -31,7 +43,7 @@ def test_equals_torchvision_on_the_valid_part(size, output_size):
     other = features.detach().clone().requires_grad_()
     valid_size = torch.tensor([[width, height], [max(1, width - 3), max(1, height - 4)]], dtype=torch.float64)
     boxes = random_boxes(2, 40).double()  # many reach over the edge
-    pooled = roi_align(features, boxes, valid_size, output_size)
+    pooled = pool(features, boxes, valid_size, output_size)
     expected = torchvision_roi_align(other, boxes, valid_size, output_size)
     assert torch.allclose(pooled, expected, atol=1e-5)
     gradient = torch.randn_like(pooled)
@@ -44,13 +56,13 @@ def test_boxes_on_whole_pixels():
     """A box of exactly 2 x 2 pixels and one bin is their mean; of one pixel, that pixel."""
     features = torch.arange(16.0).view(1, 4, 4, 1)
     boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.125, 0.375, 0.25, 0.25]]])
-    pooled = roi_align(features, boxes, torch.tensor([[4.0, 4.0]]), 1)
+    pooled = pool(features, boxes, torch.tensor([[4.0, 4.0]]), 1)
     assert torch.allclose(pooled.flatten(), torch.tensor([(5 + 6 + 9 + 10) / 4, 4.0]))
 
 
 def test_no_gradient_reaches_the_boxes():
     boxes = random_boxes(1, 3).requires_grad_()
-    pooled = roi_align(torch.randn(1, 4, 4, 2, requires_grad=True), boxes, torch.tensor([[4.0, 4.0]]), 2)
+    pooled = pool(torch.randn(1, 4, 4, 2, requires_grad=True), boxes, torch.tensor([[4.0, 4.0]]), 2)
     pooled.sum().backward()
     assert boxes.grad is None
 
@@ -71,3 +83,17 @@ def test_interpolation_weights_and_their_gradient_are_grid_samples():
     # Exactly at a pixel's centre, float rounding decides on which side grid_sample's derivative is taken.
     between = other.detach() != other.detach().round()
     assert torch.allclose(position.grad[inside & between], other.grad[inside & between], atol=1e-4)
+
+
+@pytest.mark.parametrize("elements", [1, 40, 10**6])
+def test_samples_block_by_block_are_those_at_once(monkeypatch, elements):
+    """Row by row, some rows at a time, and several images at a time: the plain formulation's results and gradients."""
+    monkeypatch.setitem(layers._BLOCK_ELEMENTS, "cpu", elements)
+    features = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    rows, columns = (torch.randn(3, 7, n, dtype=torch.float64, requires_grad=True) for n in (4, 5))
+    arguments = (features, rows, columns)
+    found, expected = sample_separably(*arguments), sample_separably_plain(*arguments)
+    assert torch.allclose(found, expected)
+    gradient = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad(x, arguments, gradient) for x in (found, expected))):
+        assert torch.allclose(a, b)

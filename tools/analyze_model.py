@@ -7,11 +7,12 @@
 
 Method: fvcore's FlopCountAnalysis of the evaluation model, one image; a fused multiply-add counts as one FLOP, as in the
 paper's and detectron2's tables. To what fvcore counts (convolutions, matrix products, norms, bilinear sampling) comes
-attention inside scaled_dot_product_attention. RoIAlign, which is two matrix products here and which the published code's
-count leaves out (there it is a compiled op), has a column of its own.
+attention inside scaled_dot_product_attention. RoIAlign, which is matrix products here and which the published code's count
+leaves out (there it is a compiled op), has a row of its own.
 """
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
 from unittest import mock
@@ -30,7 +31,6 @@ import samdetr
 from samdetr.checks import check_config, merge_options
 from samdetr.data import build_test_loader
 from samdetr.errors import UserError
-from samdetr.roi_align import roi_align
 
 # Params (M) and GFLOPs of the paper's Table 1 (GFLOPs: means over COCO images), by family; the same with SMCA and DN.
 PAPER = {"R_50": (57, 107), "DC5": (57, 229), "pp": (55, 203)}
@@ -69,9 +69,14 @@ def matmul_flops(inputs: list, outputs: list) -> Counter:
     return Counter({"matmul": int(np.prod(get_shape(outputs[0]))) * get_shape(inputs[0])[-1]})
 
 
-def pooled_zeros(features, boxes, valid_size, output_size):
+def pooled_zeros(features, rows, columns):
     """In the place of RoIAlign, free of cost."""
-    return features.new_zeros(*boxes.shape[:2], output_size, output_size, features.shape[-1])
+    return features.new_zeros([int(n) for n in (*rows.shape[:3], columns.shape[2], features.shape[-1])])
+
+
+def sampled_zeros(features, rows, columns):
+    """In the place of RoIAlign followed by bilinear sampling, free of cost."""
+    return features.new_zeros([int(n) for n in (*rows.shape[:2], features.shape[-1])])
 
 
 @torch.no_grad()
@@ -85,8 +90,8 @@ def count_flops(model: nn.Module, height: int, width: int) -> Counter:
     divisor = max(model.backbone.size_divisibility, 1)
     image = torch.zeros(1, 3, -(-height // divisor) * divisor, -(-width // divisor) * divisor, device=model.device)
     counted = []
-    for pooling in (roi_align, pooled_zeros):
-        with mock.patch("samdetr.semantics_aligner.roi_align", pooling):
+    for replaced in ({}, {"roi_align": pooled_zeros, "sample_separably": sampled_zeros}):
+        with mock.patch.multiple(samdetr.semantics_aligner, **replaced) if replaced else contextlib.nullcontext():
             analysis = FlopCountAnalysis(ImageModel(model, (height, width)), (image,))
             analysis.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
             analysis.set_op_handle("aten::matmul", matmul_flops)

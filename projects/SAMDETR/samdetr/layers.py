@@ -1,12 +1,42 @@
 """Small building blocks shared by the encoder, the decoder and the heads."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["MLP", "FeedForward", "run_layer", "xavier_uniform_matrices_"]
+__all__ = ["MLP", "FeedForward", "blocks", "is_tracing", "run_layer", "xavier_uniform_matrices_"]
+
+# Elements of the largest intermediate matrix of a block: on a CPU it stays in the cache, on a GPU it fills the cores.
+_BLOCK_ELEMENTS = {"cpu": 2**21}
+_BLOCK_ELEMENTS_ELSEWHERE = 2**26
+
+
+def blocks(images: int, rows: int, row_elements: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Cut (images, rows) so that the largest intermediate matrix of a block stays small.
+
+    Args:
+        images: number of images.
+        rows: rows (queries) of each image.
+        row_elements: elements of the intermediate matrix for one row.
+        device: where it is computed.
+
+    Yields:
+        Slices of images and of rows: several whole images, or some rows of one image.
+    """
+    elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+    images_a_block = max(1, elements // max(rows * row_elements, 1))
+    rows_a_block = rows if images_a_block > 1 else max(1, elements // row_elements)
+    for image in range(0, images, images_a_block):
+        for row in range(0, rows, rows_a_block):
+            yield slice(image, image + images_a_block), slice(row, row + rows_a_block)
+
+
+def is_tracing() -> bool:
+    """Whether the model is being traced, exported or compiled, and should show plain operations only."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def xavier_uniform_matrices_(module: nn.Module) -> None:

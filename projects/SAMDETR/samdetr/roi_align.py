@@ -8,12 +8,18 @@ and one for x, so that
 
 with a small matrix for each axis. That needs no compiled op, is deterministic on the CPU forward and backward, and lets
 each image of a batch end where its padding starts. ``torchvision.ops.roi_align`` is the tests' oracle.
+
+Since it is linear, it commutes with everything linear that follows: channels can be reduced before pooling, and bilinear
+samples of the pooled grid, which are separable, too, can be taken from the features directly.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ["linear_interpolation_weights", "roi_align"]
+from .layers import blocks, is_tracing
+
+__all__ = ["linear_interpolation_weights", "roi_align", "roi_align_weights", "sample_separably"]
 
 
 def linear_interpolation_weights(coordinates: Tensor, length: int) -> Tensor:
@@ -66,28 +72,95 @@ def _bin_weights(start: Tensor, extent: Tensor, valid_length: Tensor, length: in
     return weights
 
 
-def roi_align(features: Tensor, boxes: Tensor, valid_size: Tensor, output_size: int) -> Tensor:
-    """Pool the features inside boxes onto a regular grid.
+def roi_align_weights(
+    boxes: Tensor, valid_size: Tensor, size: tuple[int, int], output_size: int
+) -> tuple[Tensor, Tensor]:
+    """The two factors of RoIAlign's weights. No gradient flows into the boxes.
 
-    The unpadded part's edge is the map's edge: nothing is read from padding. No gradient flows into the boxes.
+    The unpadded part's edge is the map's edge: padding has no weight.
 
     Args:
-        features: (B, H, W, C).
         boxes: (B, R, 4), (cx, cy, w, h) normalised by the image's size; w and h at most 1. They may reach over the
             image's edge and are not clipped.
         valid_size: (B, 2), width and height of each image's unpadded part, in pixels of the map.
+        size: height and width of the (padded) map.
         output_size: number of bins P along each axis.
+
+    Returns:
+        Rows (B, R, P, H) and columns (B, R, P, W), float32: bin (p, q) of a box is the sum over pixels (i, j) of
+        ``rows[p, i] * columns[q, j] * feature[i, j]``.
+    """
+    height, width = size
+    with torch.no_grad():
+        valid_size = valid_size[:, None].float()
+        extent = boxes.float()[..., 2:] * valid_size
+        start = boxes.float()[..., :2] * valid_size - extent / 2
+        columns = _bin_weights(start[..., 0], extent[..., 0], valid_size[..., 0], width, output_size)
+        rows = _bin_weights(start[..., 1], extent[..., 1], valid_size[..., 1], height, output_size)
+    return rows, columns
+
+
+def roi_align(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pool the features inside boxes onto a regular grid.
+
+    Args:
+        features: (B, H, W, C).
+        rows, columns: of :func:`roi_align_weights`.
 
     Returns:
         (B, R, P, P, C), rows (y) first, in the features' dtype.
     """
-    batch, height, width, channels = features.shape
-    with torch.no_grad():
-        size = valid_size[:, None].float()
-        extent = boxes.float()[..., 2:] * size
-        start = boxes.float()[..., :2] * size - extent / 2
-        columns = _bin_weights(start[..., 0], extent[..., 0], size[..., 0], width, output_size).to(features.dtype)
-        rows = _bin_weights(start[..., 1], extent[..., 1], size[..., 1], height, output_size).to(features.dtype)
-    by_row = rows.flatten(1, 2) @ features.flatten(2)  # (B, R P, W C)
-    by_row = by_row.view(batch, -1, output_size, width, channels)
-    return columns[:, :, None] @ by_row
+    batch, _, width, channels = features.shape
+    by_row = rows.flatten(1, 2).to(features.dtype) @ features.flatten(2)  # (B, R P, W C)
+    by_row = by_row.view(batch, -1, rows.shape[2], width, channels)
+    return columns.to(features.dtype)[:, :, None] @ by_row
+
+
+def sample_separably(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Weighted means of features, with weights that are products of one factor for y and one for x.
+
+    Block by block, so that the full weights, (R, H W) for each image, never exist at once, and are computed again in the
+    backward pass. ``sample_separably_plain`` is the same in two lines.
+
+    Args:
+        features: (B, H, W, C).
+        rows: (B, R, H) float32.
+        columns: (B, R, W) float32.
+
+    Returns:
+        (B, R, C), in the features' dtype.
+    """
+    if is_tracing():
+        return sample_separably_plain(features, rows, columns)
+    return _SampleSeparably.apply(features, rows, columns)
+
+
+def sample_separably_plain(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """See :func:`sample_separably`."""
+    weights = (rows[..., :, None] * columns[..., None, :]).flatten(2).to(features.dtype)
+    return weights @ features.flatten(1, 2)
+
+
+class _SampleSeparably(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(features, rows, columns)
+        output = features.new_empty(*rows.shape[:2], features.shape[-1])
+        for images, some in blocks(*rows.shape[:2], rows.shape[2] * columns.shape[2], rows.device):
+            output[images, some] = sample_separably_plain(features[images], rows[images, some], columns[images, some])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features, rows, columns = ctx.saved_tensors
+        pixels = features.flatten(1, 2)
+        grad_pixels, grad_rows, grad_columns = (torch.zeros_like(x) for x in (pixels, rows, columns))
+        for images, some in blocks(*rows.shape[:2], rows.shape[2] * columns.shape[2], rows.device):
+            y, x, g = rows[images, some], columns[images, some], gradient[images, some]
+            weights = (y[..., :, None] * x[..., None, :]).flatten(2).to(pixels.dtype)
+            grad_pixels[images].baddbmm_(weights.transpose(1, 2), g)
+            grad_weights = (g @ pixels[images].transpose(1, 2)).to(y.dtype).unflatten(-1, (y.shape[-1], x.shape[-1]))
+            grad_rows[images, some] = (grad_weights @ x[..., None])[..., 0]
+            grad_columns[images, some] = (y[..., None, :] @ grad_weights)[..., 0, :]
+        return grad_pixels.view_as(features), grad_rows, grad_columns

@@ -7,14 +7,16 @@ keypoint's place becomes its position query. Queries and keys then live in the s
 Shapes: B images, Q queries, C model width, M heads, P pooled size, H x W the feature map.
 """
 
+import torch
 from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .errors import UserError
 from .layers import MLP, xavier_uniform_matrices_
 from .position_encoding import sine_embedding
-from .roi_align import linear_interpolation_weights, roi_align
+from .roi_align import linear_interpolation_weights, roi_align, roi_align_weights, sample_separably
 from .structures import AlignedQuery, FeatureLevel
 
 __all__ = ["SEMANTICS_ALIGNER_REGISTRY", "IdentityAligner", "SemanticsAligner", "build_semantics_aligner"]
@@ -108,47 +110,54 @@ class SemanticsAligner(nn.Module):
 
     def forward(self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel) -> AlignedQuery:
         """See :data:`SEMANTICS_ALIGNER_REGISTRY`."""
-        pooled = roi_align(level.features, reference_boxes.detach(), level.valid_size, self.pooled_size)
-        local_keypoints, gaussian_scales = self.search_keypoints(pooled)
+        rows, columns = roi_align_weights(reference_boxes, level.valid_size, level.size, self.pooled_size)
+        local_keypoints, gaussian_scales = self.search_keypoints(level.features, rows, columns)
         keypoints = reference_boxes[..., None, :2] + reference_boxes[..., None, 2:] / 2 * local_keypoints
         position = sine_embedding(keypoints.detach(), self.dim, self.temperature).to(content.dtype)
         heads = (self.num_heads, self.dim)
         content_gate = self.content_gate(content).sigmoid().unflatten(-1, heads)
         position_gate = self.position_gate(content).sigmoid().unflatten(-1, heads)
         return AlignedQuery(
-            content=self.resample(pooled, local_keypoints) * content_gate,
+            content=self.resample(level.features, rows, columns, local_keypoints) * content_gate,
             position=position * position_gate,
             keypoints=keypoints,
             gaussian_scales=gaussian_scales,
         )
 
-    def search_keypoints(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
+    def search_keypoints(self, features: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """Find the representative keypoints.
 
         Args:
-            pooled: (B, Q, P, P, C).
+            features: (B, H, W, C).
+            rows, columns: of :func:`roi_align_weights`.
 
         Returns:
             keypoints (B, Q, M, 2) relative to the box, (x, y) in (-1, 1); and raw Gaussian scales (B, Q, M, 2) or None.
         """
-        values = self.keypoint_head(self.reduction(pooled).relu().flatten(2)).float()
+        # Reducing the channels and pooling are both linear: reduced first, a quarter of the channels is pooled.
+        reduced = roi_align(F.linear(features, self.reduction.weight), rows, columns) + self.reduction.bias
+        values = self.keypoint_head(reduced.relu_().flatten(2)).float()
         values = values.unflatten(-1, (-1, self.num_heads, 2))  # the keypoints of all heads, then their scales
         return values[..., 0, :, :].tanh(), values[..., 1, :, :] if self.predict_scales else None
 
-    def resample(self, pooled: Tensor, keypoints: Tensor) -> Tensor:
+    def resample(self, features: Tensor, rows: Tensor, columns: Tensor, keypoints: Tensor) -> Tensor:
         """Sample the pooled features bilinearly, with zeros outside (``grid_sample``, corners not aligned).
 
         Args:
-            pooled: (B, Q, P, P, C).
+            features: (B, H, W, C).
+            rows, columns: of :func:`roi_align_weights`.
             keypoints: (B, Q, M, 2), see :meth:`search_keypoints`.
 
         Returns:
             (B, Q, M, C).
         """
-        pixels = ((keypoints + 1) * self.pooled_size - 1) / 2
-        columns, rows = linear_interpolation_weights(pixels, self.pooled_size).unbind(-2)  # (B, Q, M, P) each
-        weights = (rows[..., :, None] * columns[..., None, :]).flatten(-2).to(pooled.dtype)  # (B, Q, M, P P)
-        return weights @ pooled.flatten(2, 3)
+        bins = ((keypoints + 1) * self.pooled_size - 1) / 2
+        in_columns, in_rows = linear_interpolation_weights(bins, self.pooled_size).unbind(-2)  # (B, Q, M, P) each
+        # Sampling and pooling are both separable and linear: the pooled features of full width need not exist.
+        with torch.autocast(features.device.type, enabled=False):
+            rows, columns = in_rows @ rows, in_columns @ columns  # (B, Q, M, H or W)
+        sampled = sample_separably(features, rows.flatten(1, 2), columns.flatten(1, 2))
+        return sampled.unflatten(1, keypoints.shape[1:3])
 
 
 @SEMANTICS_ALIGNER_REGISTRY.register()
