@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_encoder import make_level
 
-from samdetr.cross_attention import CrossAttention, SMCACrossAttention
+from samdetr import layers
+from samdetr.cross_attention import CrossAttention, SMCACrossAttention, attend, attend_plain
 from samdetr.structures import AlignedQuery
 
 
@@ -71,7 +72,7 @@ def test_gaussians_pull_the_keypoint_along():
     level = make_level(torch.randn(1, 4, 5, 16), [[5, 4]])
     query = make_query(batch=1)
     query.keypoints.requires_grad_()
-    x, y = module.log_gaussian(query, level)
+    x, y = module.logit_bias(query, level)
     assert x.shape == (1, 4, 3, 5) and y.shape == (1, 4, 3, 4)
     (gradient,) = torch.autograd.grad(x.sum(), query.keypoints)
     centre = query.keypoints[..., 0] * 5
@@ -91,3 +92,33 @@ def test_initial_state():
     assert not module.output.bias.any()
     assert module.query_content.bias.abs().max() > 0
     assert 0.5 < module.value.weight.abs().max() / math.sqrt(6 / 32) <= 1
+
+
+@pytest.mark.parametrize("elements", [1, 300, 10**6])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocks_give_what_the_plain_attention_gives(monkeypatch, elements, bias, padded):
+    """Query by query, some queries at a time, and several images at a time: outputs and gradients."""
+    monkeypatch.setitem(layers._BLOCK_ELEMENTS, "cpu", elements)
+    shapes = {"v": (3, 2, 20, 4), "q": (3, 2, 7, 8), "k": (3, 20, 8), "x": (3, 2, 7, 5), "y": (3, 2, 7, 4)}
+    tensors = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items() if bias or name in "vqk"}
+    mask = make_level(torch.randn(3, 4, 5, 1), [[5, 4], [3, 2], [5, 1]]).padding_mask if padded else None
+    v, q, k, x, y = (tensors.get(name) for name in shapes)
+    found, expected = (function(v, q, k, mask, x, y) for function in (attend, attend_plain))
+    assert torch.allclose(found, expected, atol=1e-6)
+    gradient = torch.randn_like(found)
+    gradients = [torch.autograd.grad(result, tuple(tensors.values()), gradient) for result in (found, expected)]
+    for a, b in zip(*gradients):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_weights_are_the_attentions():
+    """They add up to one over the unpadded pixels, and the values averaged by them are the output."""
+    module = SMCACrossAttention(dim=16, num_heads=4, gaussian_beta=8.0)
+    level, query = make_level(torch.randn(2, 4, 5, 16), [[5, 4], [3, 2]]), make_query()
+    weights = module.attention_weights(query, level)
+    assert weights.shape == (2, 4, 3, 20) and torch.allclose(weights.sum(-1), torch.ones(2, 4, 3))
+    assert not weights.masked_select(level.padding_mask.flatten(1)[:, None, None]).any()
+    value = module.value(level.features).flatten(1, 2).unflatten(-1, (4, 4))
+    rebuilt = module.output(torch.einsum("bmqn,bnmd->bqmd", weights, value).flatten(2))
+    assert torch.allclose(rebuilt, module(query, level), atol=1e-6)

@@ -12,9 +12,10 @@ import torch
 from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .errors import UserError
-from .layers import MLP, xavier_uniform_matrices_
+from .layers import MLP, blocks, is_tracing, xavier_uniform_matrices_
 from .structures import AlignedQuery, FeatureLevel
 
 __all__ = ["CROSS_ATTENTION_REGISTRY", "CrossAttention", "SMCACrossAttention", "build_cross_attention"]
@@ -68,20 +69,24 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: AlignedQuery, level: FeatureLevel) -> Tensor:
         """See :data:`CROSS_ATTENTION_REGISTRY`."""
-        weights = self.attention_logits(query, level).softmax(-1)  # (B, M, Q, N)
         value = self.value(level.features).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return self.output((weights.to(value.dtype) @ value).transpose(1, 2).flatten(2))
+        attended = attend(value, *self.logit_terms(query, level))
+        return self.output(attended.transpose(1, 2).flatten(2))
 
-    def attention_logits(self, query: AlignedQuery, level: FeatureLevel) -> Tensor:
-        """(B, M, Q, N) float32 logits of the attention, -inf at padded pixels."""
+    def attention_weights(self, query: AlignedQuery, level: FeatureLevel) -> Tensor:
+        """(B, M, Q, N) float32: how much of each pixel every head of a query takes; zero at padded pixels."""
+        return attention_weights(*self.logit_terms(query, level))
+
+    def logit_terms(self, query: AlignedQuery, level: FeatureLevel) -> tuple:
+        """The arguments of :func:`attention_weights`."""
         q = self.query_content(query.content) + self.query_position(query.position)
-        q = q.transpose(1, 2).flatten(1, 2)  # (B, M Q, C)
+        q = (q / math.sqrt(self.dim)).transpose(1, 2)  # the full width's root, as published
         k = (self.key_content(level.features) + self.key_position(level.position)).flatten(1, 2)
-        logits = (q / math.sqrt(self.dim)) @ k.transpose(1, 2)  # the full width's root, as published
-        logits = logits.float().unflatten(1, (self.num_heads, -1))
-        if level.padding_mask is not None:
-            logits = logits.masked_fill(level.padding_mask.flatten(1)[:, None, None], -math.inf)
-        return logits
+        return q, k, level.padding_mask, *self.logit_bias(query, level)
+
+    def logit_bias(self, query: AlignedQuery, level: FeatureLevel) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to the logits along x, (B, M, Q, W), and along y, (B, M, Q, H), float32; or two None."""
+        return None, None
 
 
 @CROSS_ATTENTION_REGISTRY.register()
@@ -104,13 +109,7 @@ class SMCACrossAttention(CrossAttention):
     def from_config(cls, cfg):
         return {**super().from_config(cfg), "gaussian_beta": cfg.MODEL.SAMDETR.CROSS_ATTENTION.GAUSSIAN_BETA}
 
-    def attention_logits(self, query: AlignedQuery, level: FeatureLevel) -> Tensor:
-        """(B, M, Q, N) float32 logits of the attention, -inf at padded pixels."""
-        x, y = self.log_gaussian(query, level)
-        logits = super().attention_logits(query, level).unflatten(-1, level.size)
-        return (logits + x[..., None, :] + y[..., :, None]).flatten(-2)
-
-    def log_gaussian(self, query: AlignedQuery, level: FeatureLevel) -> tuple[Tensor, Tensor]:
+    def logit_bias(self, query: AlignedQuery, level: FeatureLevel) -> tuple[Tensor, Tensor]:
         """The Gaussian's logarithm, as two parts whose sum it is: (B, M, Q, W) along x and (B, M, Q, H) along y."""
         height, width = level.size
         centre = query.keypoints.float() * level.valid_size[:, None, None]  # in pixels of the feature map
@@ -120,3 +119,92 @@ class SMCACrossAttention(CrossAttention):
             distance = query.gaussian_scales[..., axis, None] * (pixel - centre[..., axis, None])
             parts.append((-distance.square() / self.gaussian_beta).transpose(1, 2))
         return parts[0], parts[1]
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, padding_mask: Tensor | None, bias_x: Tensor | None, bias_y: Tensor | None
+) -> Tensor:
+    """Softmax over the pixels of the queries' product with a key that all heads share.
+
+    Args:
+        q: (B, M, Q, C), scaled.
+        k: (B, N, C).
+        padding_mask: (B, H, W) bool, True at pixels that get no weight; or None.
+        bias_x: (B, M, Q, W) float32, added to the logits along x; or None.
+        bias_y: (B, M, Q, H) float32, added along y; None if ``bias_x`` is.
+
+    Returns:
+        (B, M, Q, N) float32.
+    """
+    logits = (q.flatten(1, 2) @ k.transpose(1, 2)).float().unflatten(1, q.shape[1:3])
+    # In place: neither the product nor these need the old values in the backward pass.
+    if bias_x is not None:
+        by_pixel = logits.unflatten(-1, (bias_y.shape[-1], bias_x.shape[-1]))
+        by_pixel.add_(bias_x[..., None, :]).add_(bias_y[..., :, None])
+    if padding_mask is not None:
+        logits.masked_fill_(padding_mask.flatten(1)[:, None, None], -math.inf)
+    return logits.softmax(-1)
+
+
+def attend_plain(v: Tensor, q: Tensor, k: Tensor, padding_mask, bias_x, bias_y) -> Tensor:
+    """See :func:`attend`."""
+    return attention_weights(q, k, padding_mask, bias_x, bias_y).to(v.dtype) @ v
+
+
+def attend(v: Tensor, q: Tensor, k: Tensor, padding_mask, bias_x, bias_y) -> Tensor:
+    """Average the values by :func:`attention_weights`.
+
+    Block by block, so that the weights of all queries never exist at once; the backward pass computes them again.
+    ``attend_plain`` is the same in one line.
+
+    Args:
+        v: (B, M, N, D).
+        q, k, padding_mask, bias_x, bias_y: see :func:`attention_weights`.
+
+    Returns:
+        (B, M, Q, D), in the values' dtype.
+    """
+    function = attend_plain if is_tracing() else _BlockwiseAttention.apply
+    return function(v, q, k, padding_mask, bias_x, bias_y)
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    @staticmethod
+    def blocks(q, k, padding_mask, bias_x, bias_y):
+        """(images, queries) of each block, with the arguments of :func:`attention_weights` for it."""
+        batch, heads, queries, _ = q.shape
+        for images, some in blocks(batch, queries, heads * k.shape[1], q.device):
+            mask = None if padding_mask is None else padding_mask[images]
+            bias = [None if part is None else part[images, :, some] for part in (bias_x, bias_y)]
+            yield (images, slice(None), some), (q[images, :, some], k[images], mask, *bias)
+
+    @staticmethod
+    def forward(ctx, v, q, k, padding_mask, bias_x, bias_y):
+        output = v.new_empty(*q.shape[:3], v.shape[-1])
+        for block, arguments in _BlockwiseAttention.blocks(q, k, padding_mask, bias_x, bias_y):
+            output[block] = attend_plain(v[block[0]], *arguments)
+        ctx.save_for_backward(v, q, k, padding_mask, bias_x, bias_y, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        v, q, k, padding_mask, bias_x, bias_y, output = ctx.saved_tensors
+        grad_v, grad_k = torch.zeros_like(v), torch.zeros_like(k)
+        grad_q = torch.empty_like(q)
+        grad_x, grad_y = (None if part is None else torch.empty_like(part) for part in (bias_x, bias_y))
+        # The softmax's backward pass needs the sum of weight times gradient, which is that of output times gradient.
+        shares = (gradient.float() * output.float()).sum(-1, keepdim=True)
+        for block, arguments in _BlockwiseAttention.blocks(q, k, padding_mask, bias_x, bias_y):
+            images = block[0]
+            weights, g = attention_weights(*arguments), gradient[block]
+            grad_v[images] += weights.to(g.dtype).transpose(2, 3) @ g
+            grad_logits = (g @ v[images].transpose(2, 3)).float().sub_(shares[block]).mul_(weights)
+            if bias_x is not None:
+                by_pixel = grad_logits.unflatten(-1, (bias_y.shape[-1], bias_x.shape[-1]))
+                grad_x[block], grad_y[block] = by_pixel.sum(-2), by_pixel.sum(-1)
+            grad_logits = grad_logits.to(q.dtype).flatten(1, 2)  # (B, M Q, N)
+            block_q = arguments[0]
+            grad_q[block] = (grad_logits @ k[images]).view(block_q.shape)
+            grad_k[images].baddbmm_(grad_logits.transpose(1, 2), block_q.flatten(1, 2))
+        return grad_v, grad_q, grad_k, None, grad_x, grad_y
