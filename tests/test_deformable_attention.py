@@ -2,9 +2,15 @@
 
 import math
 
+import pytest
 import torch
 
-from samdetr.deformable_attention import MultiScaleDeformableAttention, multi_scale_deformable_sampling
+from samdetr import layers
+from samdetr.deformable_attention import (
+    MultiScaleDeformableAttention,
+    multi_scale_deformable_sampling,
+    sampling_plain,
+)
 
 
 def bilinear(feature, x, y):
@@ -18,12 +24,13 @@ def bilinear(feature, x, y):
     return value
 
 
-def test_sampling_equals_the_loops():
+@pytest.mark.parametrize("sample", [multi_scale_deformable_sampling, sampling_plain])
+def test_sampling_equals_the_loops(sample):
     sizes, heads, points, dim, queries = [(4, 6), (2, 3)], 2, 3, 5, 4
     value = torch.randn(2, 4 * 6 + 2 * 3, heads, dim)
     locations = torch.rand(2, queries, heads, len(sizes), points, 2) * 1.4 - 0.2
     weights = torch.rand(2, queries, heads, len(sizes), points)
-    result = multi_scale_deformable_sampling(value, sizes, locations, weights)
+    result = sample(value, sizes, locations, weights)
     for b in range(2):
         for q in range(queries):
             for m in range(heads):
@@ -35,6 +42,29 @@ def test_sampling_equals_the_loops():
                         x, y = (locations[b, q, m, level, p] * torch.tensor([width, height]) - 0.5).tolist()
                         expected += weights[b, q, m, level, p] * bilinear(feature, x, y)
                 assert torch.allclose(result[b, q, m * dim : (m + 1) * dim], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("elements", [1, 1000, 10**7])
+def test_sparse_product_is_the_plain_sampling(monkeypatch, elements):
+    """Outputs and gradients, block by block, with positions far outside the maps."""
+    monkeypatch.setitem(layers._BLOCK_ELEMENTS, "cpu", elements)
+    sizes = [(5, 7), (3, 4), (1, 1)]
+    value = torch.randn(2, 35 + 12 + 1, 3, 6, dtype=torch.float64, requires_grad=True)
+    locations = torch.randn(2, 9, 3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(2, 9, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    arguments = (value, locations, weights)
+    found, expected = (f(value, sizes, *arguments[1:]) for f in (multi_scale_deformable_sampling, sampling_plain))
+    assert torch.allclose(found, expected)
+    gradient = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad(result, arguments, gradient) for result in (found, expected))):
+        assert torch.allclose(a, b)
+
+
+def test_positions_that_are_not_finite_give_values_that_are_not():
+    locations = torch.full((1, 1, 1, 1, 1, 2), 0.5)
+    locations[..., 0] = float("nan")
+    sampled = multi_scale_deformable_sampling(torch.ones(1, 4, 1, 2), [(2, 2)], locations, torch.ones(1, 1, 1, 1, 1))
+    assert sampled.isnan().all()
 
 
 def test_positions_keep_float32_in_mixed_precision():

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention (Deformable DETR, section 4.1) in plain torch: no compiler, right on every device.
+"""Multi-scale deformable attention (Deformable DETR, section 4.1) without a compiled op of its own.
 
 Shapes: B images, N queries (here: pixels of all levels), C model width, M heads, V levels, P points a level,
 S = sum of H_v * W_v.
@@ -6,9 +6,14 @@ S = sum of H_v * W_v.
 
 import math
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from .layers import blocks, is_tracing, run_layer
 
 __all__ = ["MultiScaleDeformableAttention", "multi_scale_deformable_sampling"]
 
@@ -18,6 +23,9 @@ def multi_scale_deformable_sampling(
 ) -> Tensor:
     """Sample values bilinearly, with zeros outside the maps, and add the samples up.
 
+    No sample is kept for the backward pass. On a CPU this is a product with a sparse matrix; elsewhere, and while tracing,
+    ``sampling_plain``.
+
     Args:
         value: (B, S, M, D), the levels' values, flattened and concatenated.
         level_sizes: height and width of each level, Python integers.
@@ -25,8 +33,19 @@ def multi_scale_deformable_sampling(
         weights: (B, N, M, V, P).
 
     Returns:
-        (B, N, M * D).
+        (B, N, M * D), in the values' dtype.
     """
+    if is_tracing():
+        return sampling_plain(value, level_sizes, locations, weights)
+    if value.device.type == "cpu":
+        # Positions keep their float32 in mixed precision, and the product wants all alike.
+        exact, weights = value.to(locations.dtype), weights.to(locations.dtype)
+        return _SparseSampling.apply(exact, level_sizes, locations, weights).to(value.dtype)
+    return run_layer(sampling_plain, value, level_sizes, locations, weights, recompute=True)
+
+
+def sampling_plain(value: Tensor, level_sizes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """See :func:`multi_scale_deformable_sampling`; by ``grid_sample``, level by level."""
     batch, _, heads, head_dim = value.shape
     num_queries, num_points = locations.shape[1], locations.shape[4]
     grid = 2 * locations - 1
@@ -42,6 +61,109 @@ def multi_scale_deformable_sampling(
         ).to(value.dtype)
         result = result + (samples * weights[:, None, level].view(-1, 1, num_queries, num_points)).sum(-1)
     return result.view(batch, heads * head_dim, num_queries).transpose(1, 2)
+
+
+def sampling_matrix(level_sizes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Deformable sampling of one image as a sparse matrix, differentiable in locations and weights.
+
+    Args:
+        level_sizes: height and width of each level.
+        locations: (N, M, V, P, 2), (x, y) in [0, 1] inside the map.
+        weights: (N, M, V, P).
+
+    Returns:
+        Both (N * M, V * P * 4): for each query and head, the indices into (S * M) values, int32, and their weights. A
+        corner outside the map has weight zero.
+    """
+    queries, heads, levels, points = weights.shape
+    # Flat, with one number for each head, level and point: broadcasting over a short last dimension would be slow.
+    height, width = locations.new_tensor(level_sizes).T[..., None].expand(2, levels, points).flatten(1).repeat(1, heads)
+    areas = [height * width for height, width in level_sizes]
+    start = [[sum(areas[:level])] * points for level in range(levels)]
+    start = torch.tensor(start, dtype=torch.int32, device=weights.device).flatten().repeat(heads)
+    head = torch.arange(heads, dtype=torch.int32, device=weights.device).repeat_interleave(levels * points)
+    x, y = locations.flatten(1, 3).unbind(-1)
+    (left, right), (left_share, right_share) = _interpolation(x * width - 0.5, width)
+    (top, bottom), (top_share, bottom_share) = _interpolation(y * height - 0.5, height)
+    with torch.no_grad():
+        top, bottom = (row * width.int() + start for row in (top, bottom))
+        indices = [(row + column) * heads + head for row in (top, bottom) for column in (left, right)]
+    top_share, bottom_share = (share * weights.flatten(1) for share in (top_share, bottom_share))
+    shares = [by_row * by_column for by_row in (top_share, bottom_share) for by_column in (left_share, right_share)]
+    shape = (queries, heads, levels * points)
+    return tuple(torch.stack([x.view(shape) for x in xs], dim=2).view(queries * heads, -1) for xs in (indices, shares))
+
+
+def _interpolation(position: Tensor, length: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The two pixels around each position along one axis, int32, and their shares; 0 is the first pixel's centre.
+
+    A pixel outside [0, length) has share zero, and some index inside.
+    """
+    with torch.no_grad():
+        low = position.floor()
+        low_inside, high_inside = (low >= 0) & (low < length), (low >= -1) & (low < length - 1)
+        bounded = low.nan_to_num().clamp(min=-1).minimum(length - 1)
+        pixels = bounded.clamp(min=0).int(), (bounded + 1).minimum(length - 1).int()
+    upper = position - low
+    return pixels, ((1 - upper) * low_inside, upper * high_inside)
+
+
+class _SparseSampling(torch.autograd.Function):
+    """:func:`sampling_plain` as a product with :func:`sampling_matrix`, which the backward pass computes again."""
+
+    @staticmethod
+    def blocks(locations: Tensor):
+        """Images, and slices of some of their queries: few enough for the matrix' intermediate results to be cached."""
+        batch, queries, heads, levels, points, _ = locations.shape
+        for images, some in blocks(batch, queries, 16 * heads * levels * points, locations.device):
+            for image in range(batch)[images]:
+                yield image, some
+
+    @staticmethod
+    def forward(ctx, value, level_sizes, locations, weights):
+        ctx.save_for_backward(value, locations, weights)
+        ctx.level_sizes = level_sizes
+        batch, queries, heads = locations.shape[:3]
+        output = value.new_empty(batch, queries, heads, value.shape[-1])
+        for image, some in _SparseSampling.blocks(locations):
+            indices, factors = sampling_matrix(level_sizes, locations[image, some], weights[image, some])
+            sampled = F.embedding_bag(indices, value[image].flatten(0, 1), per_sample_weights=factors, mode="sum")
+            output[image, some] = sampled.unflatten(0, (-1, heads))
+        return output.flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        value, locations, weights = ctx.saved_tensors
+        batch, queries, heads = locations.shape[:3]
+        gradient = gradient.contiguous().view(batch, queries * heads, -1)
+        grad_value, grad_locations, grad_weights = (torch.empty_like(x) for x in (value, locations, weights))
+        matrix = []
+        for image, some in _SparseSampling.blocks(locations):
+            with torch.enable_grad():
+                inputs = [x[image, some].detach().requires_grad_() for x in (locations, weights)]
+                indices, factors = sampling_matrix(ctx.level_sizes, *inputs)
+                rows = value[image].flatten(0, 1)
+                sampled = F.embedding_bag(indices, rows, per_sample_weights=factors, mode="sum")
+            start = some.start * heads
+            grad_locations[image, some], grad_weights[image, some] = torch.autograd.grad(
+                sampled, inputs, gradient[image, start : start + len(sampled)]
+            )
+            matrix.append((indices, factors.detach()))
+            if start + len(sampled) == queries * heads:  # the image's last block
+                grad_value[image] = _transposed_product(matrix, gradient[image], len(rows)).view_as(value[image])
+                matrix = []
+        return grad_value, None, grad_locations, grad_weights
+
+
+def _transposed_product(matrix: list[tuple[Tensor, Tensor]], gradient: Tensor, columns: int) -> Tensor:
+    """The transposed sampling matrix, given as blocks of rows, times (rows, D): (columns, D)."""
+    indices, factors = (torch.cat(parts) for parts in zip(*matrix))
+    starts = np.arange(0, indices.numel() + 1, indices.shape[1], dtype=np.int32)
+    shape = (len(indices), columns)
+    by_column = csr_array((factors.flatten().numpy(), indices.flatten().numpy(), starts), shape=shape).tocsc()
+    indices, starts, factors = (torch.from_numpy(x) for x in (by_column.indices, by_column.indptr, by_column.data))
+    return F.embedding_bag(indices, gradient, starts[:-1], per_sample_weights=factors, mode="sum")
 
 
 class MultiScaleDeformableAttention(nn.Module):
