@@ -1,9 +1,12 @@
 """samdetr.backbone: DC5 by torchvision's rule, and the small ResNet."""
 
 import copy
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import load_config, tiny_config
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -67,6 +70,19 @@ def test_folded_norms_change_nothing_but_rounding(bias):
     ]
     for expected, found in zip(*gradients):
         assert torch.allclose(expected, found, rtol=1e-4, atol=1e-4)
+
+
+def test_no_scaled_weights_are_kept(monkeypatch):
+    """Between the forward and the backward pass they do not exist."""
+    used = []
+
+    def conv2d(x, weight, *args):
+        used.append(weakref.ref(weight))
+        return F.conv2d(x, weight, *args)
+
+    monkeypatch.setattr("samdetr.backbone.F", SimpleNamespace(conv2d=conv2d))
+    output = optimize_backbone(frozen_conv())(torch.randn(2, 6, 9, 7, requires_grad=True))
+    assert output.requires_grad and len(used) == 1 and used[0]() is None
 
 
 def test_norms_that_learn_are_not_folded():

@@ -4,6 +4,8 @@ The other COCO models use detectron2's own ``build_resnet_backbone``. All of the
 into the convolutions and their features in channels-last order.
 """
 
+import contextlib
+
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import UserError
+from .layers import is_tracing
 
 __all__ = ["FoldedConv2d", "build_mini_resnet_backbone", "build_resnet_dc5_backbone", "optimize_backbone"]
 
@@ -29,9 +32,24 @@ class FoldedConv2d(Conv2d):
         shift = norm.bias - norm.running_mean * scale
         if self.bias is not None:
             shift = shift + self.bias * scale
-        weight = self.weight * scale.view(-1, 1, 1, 1)
-        x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+        scale = scale.view(-1, 1, 1, 1)
+        weight = self.weight * scale
+        recomputed = contextlib.nullcontext() if is_tracing() else self._recomputed(weight, scale)
+        with recomputed:
+            x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
+
+    def _recomputed(self, weight: Tensor, scale: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
+        """Scale the weights again in the backward pass, so that there is no second copy of them all in between."""
+        address = weight.data_ptr()  # not the tensor, since autograd keeps these functions
+
+        def pack(saved: Tensor) -> Tensor | None:
+            return None if saved.data_ptr() == address else saved
+
+        def unpack(saved: Tensor | None) -> Tensor:
+            return self.weight.detach() * scale if saved is None else saved
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def optimize_backbone(backbone: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import UserError
-from .layers import MLP, xavier_uniform_matrices_
+from .layers import MLP, run_layer, xavier_uniform_matrices_
 from .position_encoding import sine_embedding
 from .roi_align import linear_interpolation_weights, roi_align, roi_align_weights, sample_separably
 from .structures import AlignedQuery, FeatureLevel
@@ -113,16 +113,20 @@ class SemanticsAligner(nn.Module):
         rows, columns = roi_align_weights(reference_boxes, level.valid_size, level.size, self.pooled_size)
         local_keypoints, gaussian_scales = self.search_keypoints(level.features, rows, columns)
         keypoints = reference_boxes[..., None, :2] + reference_boxes[..., None, 2:] / 2 * local_keypoints
-        position = sine_embedding(keypoints.detach(), self.dim, self.temperature).to(content.dtype)
         heads = (self.num_heads, self.dim)
-        content_gate = self.content_gate(content).sigmoid().unflatten(-1, heads)
-        position_gate = self.position_gate(content).sigmoid().unflatten(-1, heads)
+        content_gate = self.content_gate(content).unflatten(-1, heads)
+        position_gate = self.position_gate(content).unflatten(-1, heads)
         return AlignedQuery(
-            content=self.resample(level.features, rows, columns, local_keypoints) * content_gate,
-            position=position * position_gate,
+            content=self.resample(level.features, rows, columns, local_keypoints) * content_gate.sigmoid(),
+            # The embedding is cheap to compute again, and large to keep.
+            position=run_layer(self.gated_position, keypoints.detach(), position_gate, recompute=True),
             keypoints=keypoints,
             gaussian_scales=gaussian_scales,
         )
+
+    def gated_position(self, keypoints: Tensor, gate: Tensor) -> Tensor:
+        """The sine embedding of (B, Q, M, 2) keypoints times the sigmoid of a (B, Q, M, C) gate."""
+        return sine_embedding(keypoints, self.dim, self.temperature).to(gate.dtype) * gate.sigmoid()
 
     def search_keypoints(self, features: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """Find the representative keypoints.
