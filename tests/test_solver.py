@@ -32,6 +32,35 @@ def test_gradients_are_clipped_together():
     assert torch.allclose(b.grad, torch.full((4,), -1.0) * 0.1 / norm)
 
 
+def test_gradients_that_were_measured_are_not_measured_again(monkeypatch):
+    a = torch.nn.Parameter(torch.zeros(3))
+    optimizer = FullModelClippingAdamW([a], lr=0.1, max_norm=0.1)
+    a.grad = torch.full((3,), 2.0)
+    assert torch.allclose(optimizer.measure_gradients(), torch.tensor(12.0).sqrt())
+    with monkeypatch.context() as context:
+        context.setattr(torch.nn.utils, "get_total_norm", None)
+        optimizer.step()
+    assert torch.allclose(a.grad.norm(), torch.tensor(0.1))
+    a.grad = torch.full((3,), 5.0)
+    optimizer.step()  # other gradients, so another measurement
+    assert torch.allclose(a.grad.norm(), torch.tensor(0.1))
+
+
+def test_one_fused_step_is_the_plain_one():
+    models = [build_model(tiny_config()) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    fused, plain = (build_optimizer(tiny_config(), model) for model in models)
+    for group in plain.param_groups:
+        group["fused"] = False
+    for pair in zip(*(model.parameters() for model in models)):
+        pair[0].grad = torch.randn_like(pair[0])
+        pair[1].grad = pair[0].grad.clone()
+    for _ in range(2):
+        fused.step(), plain.step()
+    for a, b in zip(*(model.parameters() for model in models)):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
 def test_clipping_follows_the_config():
     cfg = tiny_config()
     model = build_model(cfg)

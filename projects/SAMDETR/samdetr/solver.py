@@ -16,9 +16,19 @@ class FullModelClippingAdamW(torch.optim.AdamW):
         self.max_norm = max_norm
         self.norm_type = norm_type
 
+        self._measured_norm: torch.Tensor | None = None
+
+    def measure_gradients(self) -> torch.Tensor:
+        """The joint norm of all gradients; the next :meth:`step` clips by it and does not measure again."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._measured_norm = torch.nn.utils.get_total_norm(gradients, self.norm_type)
+        return self._measured_norm
+
     def step(self, closure=None):
+        norm = self.measure_gradients() if self._measured_norm is None else self._measured_norm
+        self._measured_norm = None
         parameters = [p for group in self.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         return super().step(closure)
 
 
@@ -38,6 +48,8 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         lr_factor_func=lambda name: cfg.SOLVER.BACKBONE_MULTIPLIER if name.startswith("backbone.") else 1.0,
     )
+    # One pass over the weights in place of a dozen.
+    fused = all(p.device.type in ("cpu", "cuda") for group in parameters for p in group["params"])
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED and clip.FULL_MODEL:
         if clip.CLIP_TYPE != "norm":
@@ -46,6 +58,6 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
                 "'norm' or FULL_MODEL False."
             )
         return FullModelClippingAdamW(
-            parameters, lr=cfg.SOLVER.BASE_LR, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE
+            parameters, lr=cfg.SOLVER.BASE_LR, fused=fused, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE
         )
-    return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(parameters, lr=cfg.SOLVER.BASE_LR)
+    return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(parameters, lr=cfg.SOLVER.BASE_LR, fused=fused)

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import time
 
 import numpy as np
@@ -13,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
+from ..solver import FullModelClippingAdamW
 
 __all__ = ["TrainStep", "autocast"]
 
@@ -64,8 +64,7 @@ class TrainStep(SimpleTrainer):
         losses = self._backward(data)
         self.after_backward()
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)  # measures, and clips nothing
+        norm = self._measure_gradients()
         # With a scaler, gradients that overflow are part of its search for a scale, and it leaves out the step by itself;
         # but not when the scale has become so small that something else must be wrong.
         searching = self.scaler.is_enabled() and self.scaler.get_scale() >= _SMALLEST_LOSS_SCALE
@@ -84,6 +83,13 @@ class TrainStep(SimpleTrainer):
                 for buffer, value in zip(statistics, before):
                     buffer.copy_(value)
             self._handle_non_finite(losses, norm, data, bool(own))
+
+    def _measure_gradients(self) -> torch.Tensor:
+        """The norm of all gradients."""
+        if isinstance(self.optimizer, FullModelClippingAdamW):
+            return self.optimizer.measure_gradients()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def _batch_statistics(self) -> list[torch.Tensor]:
         """The running statistics that a forward pass changes."""
