@@ -7,6 +7,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import generalized_box_iou
 
+from samdetr import layers
 from samdetr.boxes import cxcywh_to_xyxy
 from samdetr.matcher import HungarianMatcher, NonFinitePredictionError
 from samdetr.structures import ImageTarget
@@ -39,16 +40,24 @@ def test_costs_and_assignment_equal_the_loops():
     logits, boxes, targets = make_problem()
     matcher = make_matcher()
     matches = matcher(logits, boxes, targets)
-    assert matches.image.tolist() == [0] * 3 + [2] * 5
+    costs = matcher.costs(logits, boxes, targets)
+    assert matches.image.tolist() == [0] * 3 + [2] * 5 and costs.shape == (8, 2, 8)
     for layer in range(2):
         for image, first_box in ((0, 0), (2, 3)):
             expected_cost = plain_cost(logits[layer, image], boxes[layer, image], targets[image])
-            cost = matcher.cost(logits[:, image], boxes[:, image], targets[image])[layer]
+            cost = costs[first_box : first_box + len(targets[image]), layer].T
             assert torch.allclose(cost, expected_cost, atol=1e-4)
             rows, columns = linear_sum_assignment(expected_cost.numpy())
             of_image = matches.image == image
             pairs = zip(matches.query[layer, of_image].tolist(), matches.target[layer, of_image].tolist())
             assert sorted(pairs) == sorted(zip(rows.tolist(), (columns + first_box).tolist()))
+
+
+def test_costs_block_by_block_are_those_at_once(monkeypatch):
+    problem = make_problem()
+    at_once = make_matcher().costs(*problem)
+    monkeypatch.setitem(layers._BLOCK_ELEMENTS, "cpu", 3 * 32 * 2 * 8)
+    assert torch.allclose(make_matcher().costs(*problem), at_once, atol=1e-6)
 
 
 def test_a_match_does_not_depend_on_the_batch():

@@ -64,34 +64,36 @@ def sampling_plain(value: Tensor, level_sizes: list[tuple[int, int]], locations:
 
 
 def sampling_matrix(level_sizes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Deformable sampling of one image as a sparse matrix, differentiable in locations and weights.
+    """Deformable sampling as a sparse matrix, differentiable in locations and weights.
 
     Args:
         level_sizes: height and width of each level.
-        locations: (N, M, V, P, 2), (x, y) in [0, 1] inside the map.
-        weights: (N, M, V, P).
+        locations: (B, N, M, V, P, 2), (x, y) in [0, 1] inside the map.
+        weights: (B, N, M, V, P).
 
     Returns:
-        Both (N * M, V * P * 4): for each query and head, the indices into (S * M) values, int32, and their weights. A
-        corner outside the map has weight zero.
+        Both (B * N * M, V * P * 4): for each query and head, the indices into (B * S * M) values, int32, and their
+        weights. A corner outside the map has weight zero.
     """
-    queries, heads, levels, points = weights.shape
+    batch, queries, heads, levels, points = weights.shape
     # Flat, with one number for each head, level and point: broadcasting over a short last dimension would be slow.
     height, width = locations.new_tensor(level_sizes).T[..., None].expand(2, levels, points).flatten(1).repeat(1, heads)
     areas = [height * width for height, width in level_sizes]
-    start = [[sum(areas[:level])] * points for level in range(levels)]
-    start = torch.tensor(start, dtype=torch.int32, device=weights.device).flatten().repeat(heads)
-    head = torch.arange(heads, dtype=torch.int32, device=weights.device).repeat_interleave(levels * points)
-    x, y = locations.flatten(1, 3).unbind(-1)
+    integers = {"dtype": torch.int32, "device": weights.device}
+    start = torch.tensor([[sum(areas[:level])] * points for level in range(levels)], **integers).flatten().repeat(heads)
+    start = start + torch.arange(batch, **integers).repeat_interleave(queries)[:, None] * sum(areas)
+    head = torch.arange(heads, **integers).repeat_interleave(levels * points)
+    x, y = locations.flatten(0, 1).flatten(1, 3).unbind(-1)
     (left, right), (left_share, right_share) = _interpolation(x * width - 0.5, width)
     (top, bottom), (top_share, bottom_share) = _interpolation(y * height - 0.5, height)
     with torch.no_grad():
         top, bottom = (row * width.int() + start for row in (top, bottom))
         indices = [(row + column) * heads + head for row in (top, bottom) for column in (left, right)]
-    top_share, bottom_share = (share * weights.flatten(1) for share in (top_share, bottom_share))
+    top_share, bottom_share = (share * weights.flatten(0, 1).flatten(1) for share in (top_share, bottom_share))
     shares = [by_row * by_column for by_row in (top_share, bottom_share) for by_column in (left_share, right_share)]
-    shape = (queries, heads, levels * points)
-    return tuple(torch.stack([x.view(shape) for x in xs], dim=2).view(queries * heads, -1) for xs in (indices, shares))
+    shape = (batch * queries, heads, levels * points)
+    indices, shares = (torch.stack([x.view(shape) for x in corners], dim=2) for corners in (indices, shares))
+    return indices.flatten(0, 1).flatten(1), shares.flatten(0, 1).flatten(1)
 
 
 def _interpolation(position: Tensor, length: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -113,45 +115,42 @@ class _SparseSampling(torch.autograd.Function):
 
     @staticmethod
     def blocks(locations: Tensor):
-        """Images, and slices of some of their queries: few enough for the matrix' intermediate results to be cached."""
+        """Images and queries of blocks so small that the matrix' intermediate results stay in the cache."""
         batch, queries, heads, levels, points, _ = locations.shape
-        for images, some in blocks(batch, queries, 16 * heads * levels * points, locations.device):
-            for image in range(batch)[images]:
-                yield image, some
+        return blocks(batch, queries, 16 * heads * levels * points, locations.device)
 
     @staticmethod
     def forward(ctx, value, level_sizes, locations, weights):
         ctx.save_for_backward(value, locations, weights)
         ctx.level_sizes = level_sizes
-        batch, queries, heads = locations.shape[:3]
-        output = value.new_empty(batch, queries, heads, value.shape[-1])
-        for image, some in _SparseSampling.blocks(locations):
-            indices, factors = sampling_matrix(level_sizes, locations[image, some], weights[image, some])
-            sampled = F.embedding_bag(indices, value[image].flatten(0, 1), per_sample_weights=factors, mode="sum")
-            output[image, some] = sampled.unflatten(0, (-1, heads))
+        output = value.new_empty(*locations.shape[:3], value.shape[-1])
+        for block in _SparseSampling.blocks(locations):
+            indices, shares = sampling_matrix(level_sizes, locations[block], weights[block])
+            rows = value[block[0]].flatten(0, 2)
+            output[block] = F.embedding_bag(indices, rows, per_sample_weights=shares, mode="sum").view_as(output[block])
         return output.flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         value, locations, weights = ctx.saved_tensors
-        batch, queries, heads = locations.shape[:3]
-        gradient = gradient.contiguous().view(batch, queries * heads, -1)
+        gradient = gradient.unflatten(-1, (-1, value.shape[-1]))  # (B, N, M, D)
         grad_value, grad_locations, grad_weights = (torch.empty_like(x) for x in (value, locations, weights))
         matrix = []
-        for image, some in _SparseSampling.blocks(locations):
+        for block in _SparseSampling.blocks(locations):
+            images, some = block
             with torch.enable_grad():
-                inputs = [x[image, some].detach().requires_grad_() for x in (locations, weights)]
-                indices, factors = sampling_matrix(ctx.level_sizes, *inputs)
-                rows = value[image].flatten(0, 1)
-                sampled = F.embedding_bag(indices, rows, per_sample_weights=factors, mode="sum")
-            start = some.start * heads
-            grad_locations[image, some], grad_weights[image, some] = torch.autograd.grad(
-                sampled, inputs, gradient[image, start : start + len(sampled)]
+                inputs = [x[block].detach().requires_grad_() for x in (locations, weights)]
+                indices, shares = sampling_matrix(ctx.level_sizes, *inputs)
+                rows = value[images].flatten(0, 2)
+                sampled = F.embedding_bag(indices, rows, per_sample_weights=shares, mode="sum")
+            grad_locations[block], grad_weights[block] = torch.autograd.grad(
+                sampled, inputs, gradient[block].reshape(sampled.shape)
             )
-            matrix.append((indices, factors.detach()))
-            if start + len(sampled) == queries * heads:  # the image's last block
-                grad_value[image] = _transposed_product(matrix, gradient[image], len(rows)).view_as(value[image])
+            matrix.append((indices, shares.detach()))
+            if some.stop >= gradient.shape[1]:  # the last queries of these images
+                grad_rows = _transposed_product(matrix, gradient[images].flatten(0, 2), len(rows))
+                grad_value[images] = grad_rows.view_as(value[images])
                 matrix = []
         return grad_value, None, grad_locations, grad_weights
 

@@ -28,7 +28,7 @@ def blocks(images: int, rows: int, row_elements: int, device: torch.device) -> I
     """
     elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ELSEWHERE)
     images_a_block = max(1, elements // max(rows * row_elements, 1))
-    rows_a_block = rows if images_a_block > 1 else max(1, elements // row_elements)
+    rows_a_block = max(1, rows if images_a_block > 1 else elements // row_elements)
     for image in range(0, images, images_a_block):
         for row in range(0, rows, rows_a_block):
             yield slice(image, image + images_a_block), slice(row, row + rows_a_block)

@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy, generalized_iou
+from .layers import blocks
 from .structures import ImageTarget
 
 __all__ = ["HungarianMatcher", "Matches", "NonFinitePredictionError"]
@@ -97,25 +98,24 @@ class HungarianMatcher:
         Raises:
             NonFinitePredictionError: a cost is NaN or infinite (with ``stop_on_non_finite``).
         """
-        num_layers, _, num_queries = pred_logits.shape[:3]
-        costs = [self.cost(pred_logits[:, i], pred_boxes[:, i], target) for i, target in enumerate(targets)]
-        finite = [pred_logits[:, i].isfinite().all() & pred_boxes[:, i].isfinite().all() for i in range(len(targets))]
-        costs = torch.cat([*(cost.flatten() for cost in costs), torch.stack(finite)]).cpu().numpy()
+        num_layers, num_images, num_queries = pred_logits.shape[:3]
+        costs = self.costs(pred_logits, pred_boxes, targets)
+        finite = (pred_logits.isfinite().all(-1) & pred_boxes.isfinite().all(-1)).all(2).all(0)  # (B,)
+        numbers = torch.cat([costs.flatten(), finite]).cpu().numpy()
+        costs, finite = numbers[:-num_images].reshape(costs.shape), numbers[-num_images:]
         images, queries, matched = [], [[] for _ in range(num_layers)], [[] for _ in range(num_layers)]
-        start = first_box = 0
+        first_box = 0
         for image, target in enumerate(targets):
-            block = costs[start : start + num_layers * num_queries * len(target)]
-            block = block.reshape(num_layers, num_queries, len(target))
-            start += block.size
+            block = costs[first_box : first_box + len(target)]
             # Costs of finite predictions are bounded, so that their sum is finite, too.
-            if not (costs[image - len(targets)] and np.isfinite(block.sum())):
+            if not (finite[image] and np.isfinite(block.sum())):
                 if self.stop_on_non_finite:
                     raise NonFinitePredictionError(image)
                 block = np.nan_to_num(block)
             for layer in range(num_layers):
-                rows, columns = linear_sum_assignment(block[layer])
-                queries[layer].extend(rows.tolist())
-                matched[layer].extend((columns + first_box).tolist())
+                rows, columns = linear_sum_assignment(block[:, layer])
+                queries[layer].extend(columns.tolist())
+                matched[layer].extend((rows + first_box).tolist())
             images.extend([image] * min(num_queries, len(target)))
             first_box += len(target)
         device = pred_logits.device
@@ -125,22 +125,37 @@ class HungarianMatcher:
             target=torch.tensor(matched, dtype=torch.long, device=device),
         )
 
-    def cost(self, logits: Tensor, boxes: Tensor, target: ImageTarget) -> Tensor:
-        """Cost of every pair of a query and a box of one image.
+    def costs(self, pred_logits: Tensor, pred_boxes: Tensor, targets: list[ImageTarget]) -> Tensor:
+        """Cost of every pair of a box and a query of the box's image, all images at once.
 
         Args:
-            logits: (L, Q, K).
-            boxes: (L, Q, 4), normalised (cx, cy, w, h).
-            target: the image's n boxes.
+            pred_logits, pred_boxes, targets: see :meth:`__call__`; the images have N boxes together.
 
         Returns:
-            (L, Q, n) float32.
+            (N, L, Q) float32.
         """
-        p = logits[..., target.labels].float().sigmoid()
+        num_layers, _, num_queries = pred_logits.shape[:3]
+        device = pred_logits.device
+        counts = torch.tensor([len(target) for target in targets], device=device)
+        image = torch.repeat_interleave(counts, output_size=sum(len(target) for target in targets))
+        labels = torch.cat([target.labels for target in targets])
+        boxes = torch.cat([target.boxes for target in targets]).float()
+        by_image_and_class = pred_logits.permute(1, 3, 0, 2)
+        costs = pred_logits.new_empty(len(image), num_layers, num_queries, dtype=torch.float32)
+        for _, some in blocks(1, len(image), 32 * num_layers * num_queries, device):
+            costs[some] = self.pair_costs(
+                by_image_and_class[image[some], labels[some]].float(),
+                pred_boxes.transpose(0, 1)[image[some]].float(),
+                boxes[some, None, None],
+            )
+        return costs
+
+    def pair_costs(self, logits: Tensor, boxes: Tensor, target_boxes: Tensor) -> Tensor:
+        """Cost of pairs: (...) logits of the target's class, (..., 4) predicted and target boxes to (...)."""
+        p = logits.sigmoid()
         alpha, gamma, eps = self.focal_alpha, self.focal_gamma, 1e-8
         positive = alpha * (1 - p) ** gamma * -(p + eps).log()
         negative = (1 - alpha) * p**gamma * -(1 - p + eps).log()
-        boxes, target_boxes = boxes.float()[..., None, :], target.boxes.float()
         l1 = (boxes - target_boxes).abs().sum(-1)
         giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
         return self.class_weight * (positive - negative) + self.l1_weight * l1 - self.giou_weight * giou

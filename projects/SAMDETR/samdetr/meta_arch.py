@@ -192,12 +192,32 @@ class SAMDETR(nn.Module):
 
     def prepare_targets(self, batched_inputs: list[dict]) -> list[ImageTarget]:
         """Ground truth, normalised by each image's own size; boxes without area are left out."""
-        targets = []
         for inputs in batched_inputs:
             if "instances" not in inputs:
                 raise UserError(f"{name_of(inputs)} has no 'instances', which training needs; an empty one will do.")
-            instances = inputs["instances"]
-            labels, boxes = instances.gt_classes, instances.gt_boxes.tensor.float()
+        instances = [inputs["instances"] for inputs in batched_inputs]
+        # All images at once: a batch of many small images would spend its time on calls.
+        labels = torch.cat([x.gt_classes for x in instances])
+        boxes = torch.cat([x.gt_boxes.tensor.float() for x in instances])
+        finite, known = boxes.isfinite().all(1), (labels >= 0) & (labels < self.num_classes)
+        if not (finite & known).all():
+            self.refuse_targets(batched_inputs)
+        image = [i for i, x in enumerate(instances) for _ in range(len(x))]
+        image = torch.tensor(image, dtype=torch.long, device=boxes.device)
+        sizes = torch.tensor([x.image_size[::-1] * 2 for x in instances]).to(boxes)  # (width, height) twice
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        labels, boxes, image = labels[keep], boxes[keep], image[keep]
+        counts = torch.bincount(image, minlength=len(instances)).tolist()
+        boxes = xyxy_to_cxcywh(boxes) / sizes[image]
+        return [
+            ImageTarget(*target)
+            for target in zip(labels.to(self.device).split(counts), boxes.to(self.device).split(counts))
+        ]
+
+    def refuse_targets(self, batched_inputs: list[dict]) -> None:
+        """Raise an error that names the image whose ground truth is unusable."""
+        for inputs in batched_inputs:
+            labels, boxes = inputs["instances"].gt_classes, inputs["instances"].gt_boxes.tensor
             if not boxes.isfinite().all():
                 raise UserError(f"{name_of(inputs)} has a box that is not finite: {boxes.tolist()}.")
             if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
@@ -205,11 +225,6 @@ class SAMDETR(nn.Module):
                     f"{name_of(inputs)} has class labels from {labels.min()} to {labels.max()}, but "
                     f"MODEL.SAMDETR.NUM_CLASSES is {self.num_classes}: set it to the dataset's number of classes."
                 )
-            keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-            height, width = instances.image_size
-            boxes = xyxy_to_cxcywh(boxes[keep]) / boxes.new_tensor([width, height, width, height])
-            targets.append(ImageTarget(labels[keep].to(self.device), boxes.to(self.device)))
-        return targets
 
     def decode(self, images: ImageList, targets: list[ImageTarget] | None) -> tuple[dict[str, Tensor], QueryBatch]:
         """Run the network; return the decoder's predictions and the queries that it was given."""
