@@ -42,6 +42,8 @@ if find_spec("torch") is None:
 
 DEMO = ["scikit-learn", "opencv-python-headless"]  # the embedded dataset; detectron2's Visualizer
 
+EXPORT = ["onnx", "onnxruntime", "onnxscript"]
+
 setup(
     name="samdetr",
     version="0.1.0",
@@ -62,5 +64,6 @@ setup(
         "scipy",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources, which newer ones no longer have
     ],
-    extras_require={"demo": DEMO, "test": [*DEMO, "hypothesis", "pytest", "ruff"]},
+    package_data={"samdetr.visualization": ["published_training_curves.csv"]},
+    extras_require={"demo": DEMO, "export": EXPORT, "test": [*DEMO, *EXPORT, "hypothesis", "pytest", "ruff"]},
 )

@@ -44,7 +44,7 @@ def test_query_self_attention_equals_the_loops():
 
 def test_each_layer_learns_from_its_own_box_loss_only():
     model = tiny_model().eval()
-    predictions, _ = model.decode(model.preprocess_images([make_input(64, 64)]), None)
+    predictions, _ = model.decode(model.preprocess_images([make_input(64, 64)]).tensor, None, None)
     boxes = predictions["pred_boxes"]
 
     def gradient(layer, parameter):
@@ -133,8 +133,8 @@ def test_denoising_queries_do_not_disturb_the_matching_queries():
     inputs = [make_input(64, 64, [(5, 5, 30, 40), (20, 20, 60, 60)], [1, 3]), make_input(64, 64, [(1, 2, 9, 9)], [0])]
     images = model.preprocess_images(inputs)
     model.backbone.eval()  # batch statistics apart, training and evaluation are the same function
-    with_denoising, queries = model.decode(images, model.prepare_targets(inputs))
-    without, _ = model.decode(images, None)
+    with_denoising, queries = model.decode(images.tensor, images.image_sizes, model.prepare_targets(inputs))
+    without, _ = model.decode(images.tensor, images.image_sizes, None)
     assert queries.content.shape[1] == 12 + 5 * 2
     for name in ("pred_logits", "pred_boxes"):
         assert torch.allclose(with_denoising[name][:, :, :12], without[name], atol=1e-5)

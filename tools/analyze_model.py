@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import ImageList
 from detectron2.utils.analysis import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from tabulate import tabulate
@@ -53,7 +52,7 @@ class ImageModel(nn.Module):
         self.size = size
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        predictions, _ = self.model.decode(ImageList(image, [self.size]), None)
+        predictions, _ = self.model.decode(image, [self.size], None)
         return predictions["pred_logits"], predictions["pred_boxes"]
 
 

@@ -11,41 +11,29 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
+from common import SCORE_THRESHOLD
+from detectron2.data import DatasetCatalog
 from PIL import Image
 
 import samdetr
-from samdetr.data import build_test_loader
-from samdetr.visualization import draw_detections_sheet
+from samdetr.predictor import read_image
+from samdetr.visualization import draw_annotations, draw_detections, draw_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/sam_detr_digits.yaml"
-SCORE_THRESHOLD = 0.3  # focal loss gives lower scores than softmax
 
 
 def draw(output: Path, num_images: int = 16) -> Path:
     """Draw predictions of ``model_final.pth`` beside the ground truth of the first validation images."""
-    cfg = get_cfg()
-    samdetr.add_samdetr_config(cfg)
-    cfg.merge_from_file(str(output / "config.yaml"))
-    model = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(str(output / "model_final.pth"))
-    name = cfg.DATASETS.TEST[0]
-    records = {record["image_id"]: record for record in DatasetCatalog.get(name)[:num_images]}
-    found = {}
-    for inputs in build_test_loader(cfg, name):
-        if len(found) == len(records):
-            break
-        with torch.no_grad():
-            found[inputs[0]["image_id"]] = model(inputs)[0]["instances"]
-    predictions = [found[image_id] for image_id in records]
-    sheet = draw_detections_sheet(list(records.values()), predictions, MetadataCatalog.get(name), SCORE_THRESHOLD)
+    predictor = samdetr.load(output / "model_final.pth", device="cpu")
+    names = predictor.class_names
+    pairs = []
+    for record in DatasetCatalog.get(predictor.cfg.DATASETS.TEST[0])[:num_images]:
+        image = read_image(record["file_name"])
+        detections = draw_detections(image, predictor(image), names, SCORE_THRESHOLD)
+        pairs.append((draw_annotations(image, record, names), detections))
     path = output / "predictions.png"
-    Image.fromarray(sheet).save(path)
+    Image.fromarray(draw_pairs(pairs)).save(path)
     return path
 
 

@@ -5,6 +5,7 @@ from .config import add_samdetr_config
 from .cross_attention import CROSS_ATTENTION_REGISTRY
 from .encoder import ENCODER_REGISTRY
 from .meta_arch import SAMDETR
+from .predictor import Predictor, load
 from .query_generator import QUERY_GENERATOR_REGISTRY
 from .semantics_aligner import SEMANTICS_ALIGNER_REGISTRY
 
@@ -16,9 +17,11 @@ __all__ = [
     "QUERY_GENERATOR_REGISTRY",
     "SAMDETR",
     "SEMANTICS_ALIGNER_REGISTRY",
+    "Predictor",
     "add_samdetr_config",
     "backbone",
     "checkpoint",
     "data",
+    "load",
     "solver",
 ]

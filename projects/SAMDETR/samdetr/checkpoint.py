@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -28,15 +29,26 @@ class CheckedCheckpointer(DetectionCheckpointer):
     embedding anew, and the log says so. A run whose last checkpoint is damaged is resumed from the one before.
     """
 
-    def __init__(self, model: torch.nn.Module, *args, complete: bool, use_average: bool = False, **kwargs):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *args,
+        complete: bool,
+        use_average: bool = False,
+        description: dict[str, Any] | None = None,
+        **kwargs,
+    ):
         """
         Args:
             model, args, kwargs: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
             complete: whether every parameter must come from the checkpoint (evaluation and resuming), or any will do
                 (initialisation).
             use_average: whether to load the moving average of the weights, if the checkpoint has one.
+            description: what every saved checkpoint carries beside the weights, see
+                :func:`samdetr.predictor.self_description`.
         """
         super().__init__(model, *args, **kwargs)
+        self.description = description or {}
         self.complete = complete
         self.use_average = use_average
         self._path = ""
@@ -52,7 +64,7 @@ class CheckedCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
-        data = {"model": self.model.state_dict(), **parts}
+        data = {"model": self.model.state_dict(), **parts, **self.description}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         with _written_whole(path) as f:

@@ -29,23 +29,27 @@ def build_encoder(cfg) -> nn.Module:
     return ENCODER_REGISTRY.get(cfg.MODEL.SAMDETR.ENCODER.NAME)(cfg)
 
 
-def flatten_levels(maps: list[Tensor]) -> Tensor:
-    """Concatenate (B or 1, H_i, W_i, ...) maps to (B or 1, N, ...)."""
-    batch = max(len(x) for x in maps)
+def flatten_levels(maps: list[Tensor], batch: int) -> Tensor:
+    """Concatenate (batch or 1, H_i, W_i, ...) maps to (batch, N, ...)."""
     return torch.cat([x.flatten(1, 2).expand(batch, *[-1] * (x.dim() - 2)) for x in maps], dim=1)
 
 
-def flatten_padding_masks(levels: list[FeatureLevel]) -> Tensor | None:
-    """(B, N) bool, True at padded pixels; None if no level has any."""
+def flatten_all(levels: list[FeatureLevel]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Concatenate what the levels hold.
+
+    Returns:
+        Features (B, N, C), position encodings (B, N, C), or (1, N, C) if nothing is padded, and the padding mask (B, N),
+        None if nothing is padded.
+    """
+    batch = levels[0].features.shape[0]
+    memory = flatten_levels([level.features for level in levels], batch)
     if all(level.padding_mask is None for level in levels):
-        return None
-    masks = [level.padding_mask for level in levels]
-    return flatten_levels(
-        [
-            level.features.new_zeros(level.features.shape[:3], dtype=torch.bool) if mask is None else mask
-            for mask, level in zip(masks, levels)
-        ]
-    )
+        return memory, flatten_levels([level.position for level in levels], 1), None
+    masks = [
+        memory.new_zeros(batch, *level.size, dtype=torch.bool) if level.padding_mask is None else level.padding_mask
+        for level in levels
+    ]
+    return memory, flatten_levels([level.position for level in levels], batch), flatten_levels(masks, batch)
 
 
 def with_new_features(levels: list[FeatureLevel], memory: Tensor) -> list[FeatureLevel]:
@@ -108,9 +112,7 @@ class TransformerEncoder(nn.Module):
 
     def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
         """See :data:`ENCODER_REGISTRY`."""
-        memory = flatten_levels([level.features for level in levels])
-        position = flatten_levels([level.position for level in levels])
-        mask = flatten_padding_masks(levels)
+        memory, position, mask = flatten_all(levels)
         for layer in self.layers:
             memory = run_layer(layer, memory, position, mask, recompute=self.recompute)
         return with_new_features(levels, memory)
@@ -156,7 +158,7 @@ def encoder_reference_points(levels: list[FeatureLevel]) -> Tensor:
             indexing="ij",
         )
         places.append((torch.stack([x, y], dim=-1) / valid_size).flatten(1, 2))
-        ratios.append(level.valid_size / level.valid_size.new_tensor([width, height]))
+        ratios.append(level.valid_size / torch.tensor([width, height], dtype=torch.float32, device=valid_size.device))
     return torch.cat(places, dim=1)[:, :, None] * torch.stack(ratios, dim=1)[:, None]
 
 
@@ -206,9 +208,7 @@ class DeformableTransformerEncoder(nn.Module):
 
     def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
         """See :data:`ENCODER_REGISTRY`."""
-        memory = flatten_levels([level.features for level in levels])
-        position = flatten_levels([level.position for level in levels])
-        mask = flatten_padding_masks(levels)
+        memory, position, mask = flatten_all(levels)
         reference_points = encoder_reference_points(levels)
         sizes = [level.size for level in levels]
         for layer in self.layers:

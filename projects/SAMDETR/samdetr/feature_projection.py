@@ -60,12 +60,12 @@ class FeatureProjection(nn.Module):
         # Tells the levels apart in multi-scale models; a single level needs no name.
         self.level_embedding = nn.Parameter(torch.randn(len(in_channels), dim)) if len(in_channels) > 1 else None
 
-    def forward(self, features: list[Tensor], image_sizes: list[tuple[int, int]]) -> list[FeatureLevel]:
+    def forward(self, features: list[Tensor], image_sizes: list[tuple[int, int]] | None) -> list[FeatureLevel]:
         """Make the levels.
 
         Args:
             features: the backbone's maps, (B, C_i, H_i, W_i).
-            image_sizes: height and width of each image, without padding.
+            image_sizes: height and width of each image, without padding; None if nothing is padded.
 
         Returns:
             The levels, in the order of ``features``.
@@ -75,10 +75,12 @@ class FeatureProjection(nn.Module):
             height, width = feature.shape[-2:]
             # Convolutions and pooling of ResNets round up. Python integers, so that nothing waits for the device.
             valid = [
-                (min(-(-w // self.strides[i]), width), min(-(-h // self.strides[i]), height)) for h, w in image_sizes
+                (min(-(-w // self.strides[i]), width), min(-(-h // self.strides[i]), height))
+                for h, w in image_sizes or ()
             ]
             padded = any(size != (width, height) for size in valid)
-            valid_size = torch.tensor(valid if padded else valid[:1], dtype=torch.float32, device=feature.device)
+            valid_size = valid if padded else [(width, height)]
+            valid_size = torch.tensor(valid_size, dtype=torch.float32, device=feature.device)
             position = pixel_position_encoding((height, width), valid_size, self.dim, self.temperature)
             position = position.to(feature.dtype)
             if self.level_embedding is not None:
@@ -87,7 +89,7 @@ class FeatureProjection(nn.Module):
             x = self.projections[i](feature.permute(0, 2, 3, 1))
             if self.norms is not None:
                 x = self.norms[i](x, mask)
-            levels.append(FeatureLevel(x, position, valid_size.expand(len(image_sizes), 2), mask))
+            levels.append(FeatureLevel(x, position, valid_size.expand(x.shape[0], 2), mask))
         return levels
 
 

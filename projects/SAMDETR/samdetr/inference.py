@@ -5,7 +5,26 @@ from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy
 
-__all__ = ["select_detections"]
+__all__ = ["best_pairs", "select_detections"]
+
+
+def best_pairs(logits: Tensor, boxes: Tensor, max_detections: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best (query, class) pairs of each image.
+
+    Args:
+        logits: (B, Q, K) of the last decoder layer.
+        boxes: (B, Q, 4), normalised (cx, cy, w, h).
+        max_detections: how many pairs to keep, if there are as many.
+
+    Returns:
+        For N pairs, best first: scores (B, N) in (0, 1), classes (B, N), boxes (B, N, 4) as normalised corners
+        (x0, y0, x1, y1), not clipped, and queries (B, N).
+    """
+    queries, classes = logits.shape[1:]
+    scores, pairs = logits.sigmoid().flatten(1).topk(min(max_detections, queries * classes), dim=1)
+    chosen = pairs // classes
+    corners = cxcywh_to_xyxy(boxes).gather(1, chosen[..., None].expand(-1, -1, 4))
+    return scores, pairs % classes, corners, chosen
 
 
 def select_detections(
@@ -23,17 +42,10 @@ def select_detections(
         For each image :class:`Instances` of its size, best first: ``pred_boxes`` in pixels (not clipped), ``scores`` in
         (0, 1), ``pred_classes``, and ``query_indices``, which query each comes from.
     """
-    num_classes = logits.shape[-1]
-    scores, pairs = logits.sigmoid().flatten(1).topk(min(max_detections, logits[0].numel()), dim=1)
-    corners = cxcywh_to_xyxy(boxes)
     detections = []
-    for i, (height, width) in enumerate(image_sizes):
-        queries = pairs[i] // num_classes
+    for *image_detections, (height, width) in zip(*best_pairs(logits, boxes, max_detections), image_sizes):
         result = Instances((height, width))
-        result.pred_boxes = Boxes(corners[i, queries])
-        result.pred_boxes.scale(width, height)
-        result.scores = scores[i]
-        result.pred_classes = pairs[i] % num_classes
-        result.query_indices = queries
+        result.scores, result.pred_classes, corners, result.query_indices = image_detections
+        result.pred_boxes = Boxes(corners * corners.new_tensor([width, height, width, height]))
         detections.append(result)
     return detections

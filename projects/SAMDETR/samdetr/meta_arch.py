@@ -134,7 +134,7 @@ class SAMDETR(nn.Module):
         """
         images = self.preprocess_images(batched_inputs)
         if not self.training:
-            predictions, _ = self.decode(images, targets=None)
+            predictions, _ = self.decode(images.tensor, images.image_sizes, targets=None)
             detections = select_detections(
                 predictions["pred_logits"][-1], predictions["pred_boxes"][-1], images.image_sizes, self.max_detections
             )
@@ -143,7 +143,7 @@ class SAMDETR(nn.Module):
                 for result, inputs, size in zip(detections, batched_inputs, images.image_sizes)
             ]
         targets = self.prepare_targets(batched_inputs)
-        predictions, queries = self.decode(images, targets)
+        predictions, queries = self.decode(images.tensor, images.image_sizes, targets)
         try:
             return self.criterion(
                 predictions["pred_logits"], predictions["pred_boxes"], targets, queries.denoising, normalizers
@@ -179,7 +179,8 @@ class SAMDETR(nn.Module):
         Returns:
             ``pred_logits`` (L, B, Q, K) and ``pred_boxes`` (L, B, Q, 4), normalised (cx, cy, w, h).
         """
-        predictions, _ = self.decode(self.preprocess_images(batched_inputs), targets=None)
+        images = self.preprocess_images(batched_inputs)
+        predictions, _ = self.decode(images.tensor, images.image_sizes, targets=None)
         return predictions
 
     def preprocess_images(self, batched_inputs: list[dict]) -> ImageList:
@@ -226,12 +227,23 @@ class SAMDETR(nn.Module):
                     f"MODEL.SAMDETR.NUM_CLASSES is {self.num_classes}: set it to the dataset's number of classes."
                 )
 
-    def decode(self, images: ImageList, targets: list[ImageTarget] | None) -> tuple[dict[str, Tensor], QueryBatch]:
-        """Run the network; return the decoder's predictions and the queries that it was given."""
-        features = self.backbone(images.tensor.contiguous(memory_format=torch.channels_last))
-        levels = self.feature_projection([features[name] for name in self.in_features], images.image_sizes)
+    def decode(
+        self, images: Tensor, image_sizes: list[tuple[int, int]] | None, targets: list[ImageTarget] | None
+    ) -> tuple[dict[str, Tensor], QueryBatch]:
+        """Run the network.
+
+        Args:
+            images: (B, 3, H, W), normalised and padded.
+            image_sizes: height and width of each image, without padding; None if nothing is padded.
+            targets: B targets in training, else None.
+
+        Returns:
+            The decoder's predictions and the queries that it was given.
+        """
+        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        levels = self.feature_projection([features[name] for name in self.in_features], image_sizes)
         levels = self.encoder(levels)
-        queries = self.query_generator(len(images), targets)
+        queries = self.query_generator(images.shape[0], targets)
         return self.decoder(queries, levels), queries
 
 

@@ -54,7 +54,9 @@ def _bin_weights(start: Tensor, extent: Tensor, valid_length: Tensor, length: in
     """
     device = start.device
     samples = torch.ceil(extent / bins).clamp(min=1)  # in each bin, chosen for each box
-    most = max(1, -(-length // bins))  # a box of the image is at most as large as the map: no look at the data needed
+    # A box of the image is at most as large as the map: no look at the data needed. One sample more than that, since an
+    # exported graph would take a dimension of 1 for a constant; and no negative numbers, which exporters round up.
+    most = (length + bins - 1) // bins + 1
     sample = torch.arange(most, dtype=start.dtype, device=device)
     bin_index = torch.arange(bins, dtype=start.dtype, device=device)
     offset = bin_index[:, None] + (sample + 0.5) / samples[..., None, None]  # (B, R, bins, most), in bins
@@ -112,7 +114,7 @@ def roi_align(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     batch, _, width, channels = features.shape
     by_row = rows.flatten(1, 2).to(features.dtype) @ features.flatten(2)  # (B, R P, W C)
-    by_row = by_row.view(batch, -1, rows.shape[2], width, channels)
+    by_row = by_row.view(batch, *rows.shape[1:3], width, channels)
     return columns.to(features.dtype)[:, :, None] @ by_row
 
 

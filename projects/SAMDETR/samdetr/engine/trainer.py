@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..checkpoint import CheckedCheckpointer
 from ..data import build_test_loader, build_train_loader
 from ..errors import UserError
+from ..predictor import self_description
 from ..solver import build_optimizer
 from .train_step import TrainStep, autocast
 
@@ -90,6 +91,15 @@ def freeze_unused_backbone(model: torch.nn.Module) -> None:
         )
 
 
+class WriteEpoch(HookBase):
+    """Writes how many times the training images have been gone through beside the other metrics."""
+
+    def after_step(self):
+        sampler = self.trainer.data_loader.batch_sampler
+        epoch = (self.trainer.iter + 1) * sampler.batch_size / sampler.size
+        self.trainer.storage.put_scalar("epoch", epoch, smoothing_hint=False)
+
+
 class UpdateAverage(HookBase):
     """Updates the exponential moving average of the weights after each step."""
 
@@ -126,8 +136,14 @@ class Trainer(DefaultTrainer):
             self.average = AveragedModel(self.inner_model, multi_avg_fn=get_ema_multi_avg_fn(cfg.SOLVER.EMA.DECAY))
             checkpointables["average"] = self.average
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.description = self_description(cfg)
         self.checkpointer = CheckedCheckpointer(
-            model, cfg.OUTPUT_DIR, complete=False, trainer=weakref.proxy(self), **checkpointables
+            model,
+            cfg.OUTPUT_DIR,
+            complete=False,
+            description=self.description,
+            trainer=weakref.proxy(self),
+            **checkpointables,
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -161,7 +177,7 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self):
         cfg = self.cfg
-        result = [hooks.IterationTimer(), hooks.LRScheduler()]
+        result = [hooks.IterationTimer(), hooks.LRScheduler(), WriteEpoch()]
         if self.average is not None:
             result.append(UpdateAverage())
         # The checkpoint before the evaluation, so that a failure there loses nothing.
@@ -170,7 +186,9 @@ class Trainer(DefaultTrainer):
         if cfg.DATASETS.TEST:
             result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
             if comm.is_main_process():
-                best = CheckedCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR, complete=False)
+                best = CheckedCheckpointer(
+                    self.evaluated_model, cfg.OUTPUT_DIR, complete=False, description=self.description
+                )
                 # With several datasets, detectron2 names each result after its dataset; the first one decides.
                 metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
                 result.append(KeepBest(best, cfg.TEST.EVAL_PERIOD, metric))

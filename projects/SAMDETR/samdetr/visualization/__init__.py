@@ -1,5 +1,19 @@
-"""Pictures: detections beside the ground truth."""
+"""Pictures: detections, ground truth, attention, training curves."""
 
-from .detections import draw_detections_sheet
+from .attention import RecordedLayer, draw_attention, draw_head, record_attention
+from .curves import draw_curves, published_curves, published_names, read_metrics
+from .detections import draw_annotations, draw_detections, draw_pairs
 
-__all__ = ["draw_detections_sheet"]
+__all__ = [
+    "RecordedLayer",
+    "draw_annotations",
+    "draw_attention",
+    "draw_curves",
+    "draw_detections",
+    "draw_head",
+    "draw_pairs",
+    "published_curves",
+    "published_names",
+    "read_metrics",
+    "record_attention",
+]

@@ -1,53 +1,72 @@
-"""Predictions beside ground truth, drawn with detectron2's Visualizer."""
+"""Detections and ground truth, drawn with detectron2's Visualizer."""
+
+from collections.abc import Sequence
 
 import numpy as np
-from detectron2.data import detection_utils
+from detectron2.data import Metadata
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
-__all__ = ["draw_detections_sheet"]
+__all__ = ["draw_annotations", "draw_detections", "draw_pairs"]
 
 _SHORTEST_SIDE = 256  # small images are enlarged to this before drawing, so that boxes and labels can be read
 
 
-def _draw(record: dict, metadata, instances: Instances | None) -> np.ndarray:
-    """One image (H, W, 3) with its predictions or, without ``instances``, its ground truth."""
-    image = detection_utils.read_image(record["file_name"], format="RGB")
+def _visualizer(image: np.ndarray, class_names: Sequence[str]) -> Visualizer:
+    metadata = Metadata().set(thing_classes=list(class_names))
     scale = max(1.0, _SHORTEST_SIDE / min(image.shape[:2]))
-    visualizer = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
-    if instances is None:
-        return visualizer.draw_dataset_dict(record).get_image()
-    return visualizer.draw_instance_predictions(instances.to("cpu")).get_image()
+    return Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
 
 
-def draw_detections_sheet(
-    records: list[dict], predictions: list[Instances], metadata, score_threshold: float, columns: int = 4
+def draw_detections(
+    image: np.ndarray, instances: Instances, class_names: Sequence[str], score_threshold: float = 0.0
 ) -> np.ndarray:
-    """Draw a sheet of pairs: ground truth at the left, predictions at the right.
+    """Draw boxes, classes and scores.
 
     Args:
-        records: detectron2's standard dataset dicts, with ``annotations``.
-        predictions: the detections in each, in the image's own pixels.
-        metadata: of the dataset; names the classes.
-        score_threshold: detections below are not drawn, in [0, 1].
-        columns: how many pairs stand side by side.
+        image: (H, W, 3) uint8, RGB.
+        instances: on the CPU, with ``pred_boxes`` in the image's pixels, ``scores`` and ``pred_classes``.
+        class_names: by class index.
+        score_threshold: detections below are left out, in [0, 1].
 
     Returns:
-        (H, W, 3) uint8, RGB.
+        (H', W', 3) uint8, RGB; a small image comes back enlarged.
     """
-    pairs = []
-    for record, instances in zip(records, predictions):
-        confident = instances[instances.scores >= score_threshold]
-        left, right = _draw(record, metadata, None), _draw(record, metadata, confident)
-        pair = np.concatenate([left, np.full((left.shape[0], 2, 3), 255, np.uint8), right], axis=1)
-        pairs.append(np.pad(pair, ((4, 4), (4, 4), (0, 0)), constant_values=255))
-    rows = []
+    confident = instances[instances.scores >= score_threshold]
+    return _visualizer(image, class_names).draw_instance_predictions(confident).get_image()
+
+
+def draw_annotations(image: np.ndarray, record: dict, class_names: Sequence[str]) -> np.ndarray:
+    """Draw the ``annotations`` of a record in detectron2's standard format; see :func:`draw_detections`."""
+    return _visualizer(image, class_names).draw_dataset_dict(record).get_image()
+
+
+def draw_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray]], columns: int = 4) -> np.ndarray:
+    """Lay pairs of pictures of equal height, such as ground truth and detections, out on one white sheet.
+
+    Args:
+        pairs: (H, W, 3) uint8 each.
+        columns: how many pairs stand side by side.
+    """
+    sheet = []
     for start in range(0, len(pairs), columns):
-        row = pairs[start : start + columns]
+        row = [
+            _framed(np.concatenate([left, _white(left.shape[0], 2), right], axis=1))
+            for left, right in pairs[start : start + columns]
+        ]
         height = max(pair.shape[0] for pair in row)
-        row = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0)), constant_values=255) for p in row]
-        rows.append(np.concatenate(row, axis=1))
-    width = max(row.shape[1] for row in rows)
-    return np.concatenate(
-        [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    )
+        sheet.append(np.concatenate([_padded(pair, height, pair.shape[1]) for pair in row], axis=1))
+    width = max(row.shape[1] for row in sheet)
+    return np.concatenate([_padded(row, row.shape[0], width) for row in sheet])
+
+
+def _white(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), 255, np.uint8)
+
+
+def _framed(picture: np.ndarray) -> np.ndarray:
+    return np.pad(picture, ((4, 4), (4, 4), (0, 0)), constant_values=255)
+
+
+def _padded(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.pad(picture, ((0, height - picture.shape[0]), (0, width - picture.shape[1]), (0, 0)), constant_values=255)

@@ -1,0 +1,103 @@
+"""The model as a graph of plain operations, for ONNX and ``torch.export``: any batch, any image size."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .inference import best_pairs
+from .meta_arch import SAMDETR
+from .predictor import Predictor
+
+__all__ = ["OUTPUT_NAMES", "ExportableModel", "describe", "export"]
+
+OUTPUT_NAMES = ("boxes", "scores", "classes")
+
+
+class ExportableModel(nn.Module):
+    """From a batch of equally large images to detections.
+
+    Args:
+        model: in evaluation mode.
+    """
+
+    def __init__(self, model: SAMDETR):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect.
+
+        Args:
+            images: (B, 3, H, W) float32 in 0 to 255, in the channel order of ``INPUT.FORMAT``, already resized. H and W are
+                multiples of the backbone's ``size_divisibility``, if it has one.
+
+        Returns:
+            The best N detections of each image: boxes (B, N, 4) as (x0, y0, x1, y1), in [0, 1] inside the image, scores
+            (B, N) in (0, 1), classes (B, N) int64.
+        """
+        model = self.model
+        predictions, _ = model.decode((images - model.pixel_mean) / model.pixel_std, image_sizes=None, targets=None)
+        logits, boxes = predictions["pred_logits"][-1], predictions["pred_boxes"][-1]
+        scores, classes, corners, _ = best_pairs(logits, boxes, model.max_detections)
+        return corners, scores, classes
+
+
+def describe(predictor: Predictor) -> dict:
+    """What a program that runs the exported file has to know."""
+    cfg = predictor.cfg
+    return {
+        "channel_order": cfg.INPUT.FORMAT,
+        "shortest_side": cfg.INPUT.MIN_SIZE_TEST,
+        "longest_side": cfg.INPUT.MAX_SIZE_TEST,
+        "size_divisibility": predictor.model.backbone.size_divisibility,
+        "class_names": predictor.class_names,
+    }
+
+
+def export(predictor: Predictor, path: str | Path, size: tuple[int, int] = (480, 640)) -> None:
+    """Write the model to a file that runs without this project, for any batch and any image size.
+
+    Args:
+        predictor: the model; it is exported from the CPU, in float32.
+        path: ending in ``.onnx`` for ONNX, or in ``.pt2`` for ``torch.export``. The file carries :func:`describe` as JSON:
+            ONNX in its metadata under "samdetr", ``torch.export`` in its extra file "samdetr.json".
+        size: height and width of the image that the model is traced with.
+
+    Raises:
+        UserError: the ending is neither, or a package that ONNX needs is missing.
+    """
+    path = Path(path)
+    if path.suffix not in (".onnx", ".pt2"):
+        raise UserError(f"--output {path}: name a file that ends in .onnx (ONNX) or .pt2 (torch.export).")
+    divisor = max(1, predictor.model.backbone.size_divisibility)
+    height, width = (-(-side // divisor) * divisor for side in size)
+    model = ExportableModel(predictor.model).cpu().eval()
+    images = torch.zeros(2, 3, height, width)
+    smallest = max(2, 64 // divisor)
+    batch = torch.export.Dim("batch", min=1)
+    sides = [divisor * torch.export.Dim(name, min=smallest) for name in ("rows", "columns")]
+    shapes = {"images": {0: batch, 2: sides[0], 3: sides[1]}}
+    description = json.dumps(describe(predictor))
+    with torch.no_grad():
+        # Some shapes hold for every size without the tracer being able to prove it; then it asserts them at run time.
+        program = torch.export.export(
+            model,
+            (images,),
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        if path.suffix == ".pt2":
+            torch.export.save(program, path, extra_files={"samdetr.json": description})
+            return
+        try:
+            exported = torch.onnx.export(
+                program, input_names=["images"], output_names=list(OUTPUT_NAMES), opset_version=20, verbose=False
+            )
+        except ImportError as error:
+            raise UserError(f"Exporting to ONNX needs a package: pip install onnx onnxscript ({error}).") from error
+    exported.model.metadata_props["samdetr"] = description
+    exported.save(path)

@@ -1,0 +1,257 @@
+"""From a trained checkpoint to detections in images, in two lines.
+
+predictor = samdetr.load("model_final.pth")
+instances = predictor("street.jpg")
+"""
+
+import logging
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .checkpoint import CheckedCheckpointer
+from .checks import check_weights_file, merge_options
+from .config import add_samdetr_config
+from .errors import UserError
+
+__all__ = ["ImageSource", "Predictor", "config_of", "list_images", "load", "read_image", "self_description"]
+
+logger = logging.getLogger(__name__)
+
+# A path, a PIL image, or an array (H, W, 3) uint8 in RGB, or (H, W) in grey.
+ImageSource = str | os.PathLike | Image.Image | np.ndarray
+
+
+def self_description(cfg: CfgNode) -> dict[str, Any]:
+    """What a checkpoint carries so that it can be loaded without anything else.
+
+    Args:
+        cfg: the config of the run; its training datasets are registered.
+
+    Returns:
+        ``config`` (YAML text), ``class_names``, and ``category_ids``, the dataset's own ids in the same order; the latter
+        two are None if the dataset does not name its classes.
+    """
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if len(cfg.DATASETS.TRAIN) else None
+    names = metadata and metadata.get("thing_classes")
+    ids = metadata and metadata.get("thing_dataset_id_to_contiguous_id")
+    return {
+        "config": cfg.dump(),
+        "class_names": list(names) if names else None,
+        "category_ids": sorted(ids, key=ids.get) if ids else None,
+    }
+
+
+def read_image(source: ImageSource) -> np.ndarray:
+    """Read an image as (H, W, 3) uint8, RGB, turned upright if its EXIF data says how.
+
+    Raises:
+        UserError: the file is missing or no image, or the array is not (H, W, 3) or (H, W) of uint8.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] != 3):
+            raise UserError(
+                f"An image given as an array is (H, W, 3) in RGB or (H, W), of uint8; this one is {source.shape} of "
+                f"{source.dtype}."
+            )
+        if not source.size:
+            raise UserError(f"An image has pixels; this array is {source.shape}.")
+        return source if source.ndim == 3 else np.repeat(source[..., None], 3, axis=2)
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        return convert_PIL_to_numpy(ImageOps.exif_transpose(image), "RGB")
+    except FileNotFoundError as error:
+        raise UserError(f"{source}: there is no such file (looked in {os.getcwd()}).") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{source} is not an image that can be read ({type(error).__name__}: {error}).") from error
+
+
+class Predictor:
+    """A model in evaluation mode, with the reading, resizing and batching of images in front of it.
+
+    Attributes:
+        cfg: the model's config.
+        model: the model.
+        class_names: the classes' names, by index.
+        category_ids: the ids of the classes in the dataset it was trained on, by index.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: torch.nn.Module,
+        class_names: Sequence[str] | None = None,
+        category_ids: Sequence[int] | None = None,
+    ):
+        self.cfg = cfg
+        self.model = model.eval()
+        number = cfg.MODEL.SAMDETR.NUM_CLASSES
+        if class_names is not None and len(class_names) != number:
+            raise UserError(f"There are {len(class_names)} class names for a model of {number} classes.")
+        self.class_names = list(class_names) if class_names else [f"class {i}" for i in range(number)]
+        self.category_ids = list(category_ids) if category_ids else list(range(number))
+        self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST)
+
+    def __call__(self, images: ImageSource | Iterable[ImageSource], batch_size: int = 1) -> Instances | list[Instances]:
+        """Detect.
+
+        Args:
+            images: one image or several, each a path, a PIL image, or an array (H, W, 3) uint8 in RGB.
+            batch_size: how many go through the model at once. Images of different sizes are padded to the largest of
+                them, which changes results a little; one at a time is exact.
+
+        Returns:
+            For one image detectron2's :class:`Instances`, on the CPU, else a list: ``pred_boxes`` in the image's pixels,
+            ``scores`` in (0, 1), ``pred_classes`` (indices into ``class_names``) and ``query_indices``, best first, all
+            ``TEST.DETECTIONS_PER_IMAGE`` of them: choose a threshold. Scores of focal loss are lower than a softmax's;
+            0.3 is a good start.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
+            return self([images])[0]
+        images = list(images)
+        results = []
+        for start in range(0, len(images), batch_size):
+            batch = [self.prepare(read_image(image)) for image in images[start : start + batch_size]]
+            with torch.no_grad():
+                results += [output["instances"].to("cpu") for output in self.model(batch)]
+        return results
+
+    def prepare(self, image: np.ndarray) -> dict[str, Any]:
+        """Make detectron2's model input of an image (H, W, 3) uint8, RGB."""
+        height, width = image.shape[:2]
+        resized = self.resize.get_transform(image).apply_image(image)
+        if self.cfg.INPUT.FORMAT == "BGR":
+            resized = resized[:, :, ::-1]
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        return {"image": tensor, "height": height, "width": width}
+
+
+def load(
+    source: str | os.PathLike,
+    *,
+    config_file: str | os.PathLike | None = None,
+    class_names: Sequence[str] | None = None,
+    device: str | None = None,
+    options: Sequence[Any] = (),
+) -> Predictor:
+    """Load a trained model.
+
+    Args:
+        source: a checkpoint that this project has saved, which carries its config and class names; or a config file, whose
+            ``MODEL.WEIGHTS`` is loaded.
+        config_file: the config of a checkpoint that carries none, such as a converted one.
+        class_names: the classes' names, if the checkpoint carries none.
+        device: where to run, "cpu" or "cuda"; by default CUDA if there is any.
+        options: config keys and values, in turn, that replace those of the config.
+
+    Raises:
+        UserError: a file is missing or unreadable, the checkpoint does not fit the config, or carries none and none is
+            given.
+    """
+    source = os.fspath(source)
+    carried = {} if _is_config(source) else _read_description(source)
+    cfg = config_of(source, config_file=config_file, carried=carried)
+    merge_options(cfg, "", [*options, "MODEL.DEVICE", device or ("cuda" if torch.cuda.is_available() else "cpu")])
+    if cfg.MODEL.META_ARCHITECTURE != "SAMDETR":
+        raise UserError(f"{source} is a {cfg.MODEL.META_ARCHITECTURE}; this loads SAMDETR models.")
+    model = build_model(cfg)
+    if not cfg.MODEL.WEIGHTS:
+        logger.warning("MODEL.WEIGHTS is empty: this model has RANDOM weights. Load a checkpoint instead.")
+    check_weights_file(cfg.MODEL.WEIGHTS)
+    # What was evaluated in training is what predicts: the averaged weights, if there are any.
+    use_average = cfg.SOLVER.EMA.ENABLED and "average" in carried
+    CheckedCheckpointer(model, complete=True, use_average=use_average).load(cfg.MODEL.WEIGHTS)
+    names, ids = class_names or carried.get("class_names"), carried.get("category_ids")
+    if names is None:
+        names, ids = _classes_of_dataset(cfg)
+    return Predictor(cfg, model, names, ids)
+
+
+def config_of(
+    source: str | os.PathLike, config_file: str | os.PathLike | None = None, carried: dict[str, Any] | None = None
+) -> CfgNode:
+    """The config of a checkpoint, or of a config file; arguments and errors as of :func:`load`.
+
+    Args:
+        carried: what the checkpoint carries, if it has been read.
+    """
+    source = os.fspath(source)
+    cfg = get_cfg()
+    add_samdetr_config(cfg)
+    if _is_config(source):
+        merge_options(cfg, source, [])
+        return cfg
+    carried = _read_description(source) if carried is None else carried
+    if config_file is not None:
+        merge_options(cfg, os.fspath(config_file), [])
+    elif "config" in carried:
+        try:
+            cfg.merge_from_other_cfg(CfgNode.load_cfg(carried["config"]))
+        except (KeyError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"{source} carries a config of another version of this project ({error}): name a config file that fits "
+                "(--config-file, or config_file=...)."
+            ) from error
+    else:
+        raise UserError(
+            f"{source} carries no config: name the one that it was trained with (--config-file, or config_file=...)."
+        )
+    cfg.MODEL.WEIGHTS = source
+    return cfg
+
+
+def _is_config(source: str) -> bool:
+    return source.lower().endswith((".yaml", ".yml"))
+
+
+def _read_description(source: str) -> dict[str, Any]:
+    """What a checkpoint holds, without reading its weights."""
+    check_weights_file(source, given_as="checkpoint")
+    if source.endswith(".pkl"):
+        return {}
+    carried = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
+    return carried if isinstance(carried, dict) else {}
+
+
+def _classes_of_dataset(cfg: CfgNode) -> tuple[list[str] | None, list[int] | None]:
+    """Class names and category ids of the config's dataset, if it is one whose classes are known here."""
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        if name in DatasetCatalog.list():
+            metadata = MetadataCatalog.get(name)
+            names = metadata.get("thing_classes")
+            if names is not None and len(names) == cfg.MODEL.SAMDETR.NUM_CLASSES:
+                ids = metadata.get("thing_dataset_id_to_contiguous_id")
+                return list(names), sorted(ids, key=ids.get) if ids else None
+    return None, None
+
+
+def list_images(paths: Iterable[str | os.PathLike], suffixes: Iterable[str]) -> list[Path]:
+    """Files, and all files below folders that have one of the suffixes, sorted.
+
+    Raises:
+        UserError: a path does not exist, or a folder holds no such file.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"--input {path}: there is no such file or folder (looked in {os.getcwd()}).")
+        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+        if not found:
+            raise UserError(f"--input {path}: the folder holds no file that ends in {', '.join(sorted(suffixes))}.")
+        files += found
+    return files

@@ -1,0 +1,203 @@
+"""What each decoder layer looks at: reference box, representative keypoints, Gaussians and attention (paper, Figure 5).
+
+Recorded by hooks while the model runs, and computed by the model's own functions.
+
+Shapes: B images, Q queries, n chosen queries, M heads, H x W a layer's feature map.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from ..cross_attention import CrossAttention
+from ..decoder import level_of_layer
+from ..errors import UserError
+from ..meta_arch import SAMDETR
+from ..structures import AlignedQuery, FeatureLevel
+
+__all__ = ["RecordedLayer", "draw_attention", "draw_head", "record_attention"]
+
+
+@dataclass
+class RecordedLayer:
+    """One decoder layer's cross-attention in one forward pass.
+
+    Attributes:
+        level_index: which of the model's levels it attends to, 0 being the finest.
+        reference_boxes: (B, Q, 4), normalised (cx, cy, w, h), the boxes that the layer started from.
+        query: what the aligner handed to the cross-attention.
+        level: the feature level that it attends to.
+        cross_attention: the layer's module.
+        output: (B, Q, C), what the module returned.
+    """
+
+    level_index: int
+    reference_boxes: Tensor
+    query: AlignedQuery
+    level: FeatureLevel
+    cross_attention: CrossAttention
+    output: Tensor
+
+    def chosen(self, queries: Sequence[int]) -> AlignedQuery:
+        """The aligned query of some queries only."""
+        fields = (self.query.content, self.query.position, self.query.keypoints, self.query.gaussian_scales)
+        return AlignedQuery(*(None if field is None else field[:, list(queries)] for field in fields))
+
+    @torch.no_grad()
+    def attention_weights(self, queries: Sequence[int]) -> Tensor:
+        """(B, n, M, H, W): the weights that the model used; they sum to one over the unpadded pixels."""
+        weights = self.cross_attention.attention_weights(self.chosen(queries), self.level)
+        return weights.transpose(1, 2).unflatten(-1, self.level.size)
+
+    @torch.no_grad()
+    def gaussians(self, queries: Sequence[int]) -> Tensor | None:
+        """(B, n, M, H, W) in (0, 1], what each head's Gaussian multiplies its weights by; None without SMCA."""
+        x, y = self.cross_attention.logit_bias(self.chosen(queries), self.level)
+        return None if x is None else (x[..., None, :] + y[..., :, None]).exp().transpose(1, 2)
+
+
+@contextlib.contextmanager
+def record_attention(model: SAMDETR) -> Iterator[list[RecordedLayer]]:
+    """Record every decoder layer while the model runs inside this context.
+
+    Yields:
+        A list with one :class:`RecordedLayer` for each layer of the latest forward pass, filled when the model has run.
+
+    Raises:
+        UserError: the model's cross-attention is not one of this project's, so that nothing is known of its weights.
+    """
+    layers = model.decoder.layers
+    if not all(isinstance(layer.cross_attention, CrossAttention) for layer in layers):
+        raise UserError(
+            f"{type(layers[0].cross_attention).__name__} does not tell its attention weights: only CrossAttention and "
+            "classes derived from it do."
+        )
+    level_indices = level_of_layer(len(layers), len(model.in_features))
+    recorded: list[RecordedLayer] = []
+    boxes: list[Tensor] = []
+
+    def after_aligner(module, arguments, output):
+        if len(boxes) == len(layers):  # another forward pass
+            boxes.clear()
+            recorded.clear()
+        boxes.append(arguments[1].detach())
+
+    def after_attention(module, arguments, output):
+        query, level = arguments
+        recorded.append(RecordedLayer(level_indices[len(recorded)], boxes[-1], query, level, module, output.detach()))
+
+    handles = [layer.aligner.register_forward_hook(after_aligner) for layer in layers]
+    handles += [layer.cross_attention.register_forward_hook(after_attention) for layer in layers]
+    try:
+        with torch.no_grad():
+            yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def head_colors(number: int) -> np.ndarray:
+    """(number, 3) colours in [0, 1] that tell the heads apart."""
+    return matplotlib.colormaps["hsv"](np.linspace(0, 1, number, endpoint=False))[:, :3]
+
+
+class _QueryView:
+    """One query of one image in one layer, as numpy arrays in the image's pixels."""
+
+    def __init__(self, image: np.ndarray, layer: RecordedLayer, query: int):
+        self.image = image
+        height, width = image.shape[:2]
+        self.extent = (0, width, height, 0)
+        cx, cy, w, h = layer.reference_boxes[0, query].tolist()
+        self.corner, self.box_size = ((cx - w / 2) * width, (cy - h / 2) * height), (w * width, h * height)
+        self.keypoints = layer.query.keypoints[0, query].detach().cpu().numpy() * (width, height)
+        valid_width, valid_height = (round(x) for x in layer.level.valid_size[0].tolist())
+        valid = (slice(None), slice(valid_height), slice(valid_width))
+        self.weights = layer.attention_weights([query])[0, 0][valid].cpu().numpy()
+        gaussians = layer.gaussians([query])
+        self.gaussians = None if gaussians is None else gaussians[0, 0][valid].cpu().numpy()
+        self.pixel_centres = (
+            (np.arange(valid_width) + 0.5) * width / valid_width,
+            (np.arange(valid_height) + 0.5) * height / valid_height,
+        )
+
+    def draw_image(self, axis, alpha: float = 1.0) -> None:
+        axis.imshow(self.image, extent=self.extent, alpha=alpha)
+        axis.add_patch(Rectangle(self.corner, *self.box_size, fill=False, color="white", linewidth=2.5))
+        axis.add_patch(Rectangle(self.corner, *self.box_size, fill=False, color="tab:red", linewidth=1.2))
+        axis.set(xlim=self.extent[:2], ylim=self.extent[2:], xticks=[], yticks=[])
+
+    def draw_head(self, axis, head: int, color) -> None:
+        """Attention over the darkened image, the head's keypoint, and its Gaussian's line of half height."""
+        self.draw_image(axis, alpha=0.35)
+        axis.set_facecolor("black")
+        axis.imshow(
+            self.weights[head], extent=self.extent, cmap="inferno", alpha=0.65, interpolation="bilinear", vmin=0
+        )
+        self.draw_gaussian(axis, head, color)
+        axis.plot(*self.keypoints[head], "o", color=color, markeredgecolor="white", markersize=6, clip_on=True)
+
+    def draw_gaussian(self, axis, head: int, color) -> None:
+        if self.gaussians is not None and min(self.gaussians[head].shape) > 1:
+            height = self.gaussians[head].max()
+            axis.contour(*self.pixel_centres, self.gaussians[head], levels=[height / 2], colors=[color], linewidths=1.2)
+
+    def draw_summary(self, axis) -> None:
+        """The image, the reference box, and all heads' keypoints."""
+        self.draw_image(axis)
+        for keypoint, color in zip(self.keypoints, head_colors(len(self.keypoints))):
+            axis.plot(*keypoint, "o", color=color, markeredgecolor="white", markersize=6)
+
+
+def draw_attention(image: np.ndarray, layers: Sequence[RecordedLayer], query: int, title: str = "") -> np.ndarray:
+    """One sheet for one query: a row for each layer, the image with box and keypoints first, then every head.
+
+    Args:
+        image: (H, W, 3) uint8, RGB, the recorded batch's only image.
+        layers: from :func:`record_attention`.
+        query: index of the query.
+        title: of the sheet.
+
+    Returns:
+        (H', W', 3) uint8, RGB.
+    """
+    heads = layers[0].query.keypoints.shape[2]
+    side = 1.9
+    ratio = image.shape[0] / image.shape[1]
+    figure = Figure(figsize=(side * (heads + 1), side * ratio * len(layers) + 0.7), dpi=80, layout="constrained")
+    axes = figure.subplots(len(layers), heads + 1, squeeze=False)
+    for row, (layer, of_layer) in enumerate(zip(layers, axes)):
+        view = _QueryView(image, layer, query)
+        view.draw_summary(of_layer[0])
+        of_layer[0].set_ylabel(f"layer {row + 1}, level {layer.level_index}", fontsize=9)
+        for head, color in enumerate(head_colors(heads)):
+            view.draw_head(of_layer[head + 1], head, color)
+    axes[0, 0].set_title("box, keypoints", fontsize=9)
+    for head in range(heads):
+        axes[0, head + 1].set_title(f"head {head + 1}", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return _rendered(figure)
+
+
+def draw_head(image: np.ndarray, layer: RecordedLayer, query: int, head: int) -> np.ndarray:
+    """One head of one layer alone; see :func:`draw_attention`."""
+    figure = Figure(figsize=(4, 4 * image.shape[0] / image.shape[1]), dpi=100, layout="constrained")
+    view = _QueryView(image, layer, query)
+    view.draw_head(figure.subplots(), head, head_colors(layer.query.keypoints.shape[2])[head])
+    return _rendered(figure)
+
+
+def _rendered(figure: Figure) -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,131 @@
+"""Training curves from detectron2's ``metrics.json``, and the authors' published ones."""
+
+import csv
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ..errors import UserError
+
+__all__ = ["draw_curves", "published_curves", "published_names", "read_metrics"]
+
+# Title, metric, and whether it is drawn on a logarithmic scale.
+_PANELS = (
+    ("training loss", "total_loss", False),
+    ("box AP", "bbox/AP", False),
+    ("learning rate", "lr", True),
+    ("seconds a step", "time", False),
+    ("GPU memory (MiB)", "max_mem", False),
+)
+
+Metrics = dict[str, list[tuple[float, float, float]]]
+
+
+def read_metrics(run: str | Path) -> Metrics:
+    """Read a run's metrics.
+
+    Args:
+        run: the run's OUTPUT_DIR, or its ``metrics.json``.
+
+    Returns:
+        For every metric, (iteration, epoch, value) in the order of the iterations; epoch is NaN where the run does not
+        tell it. Where a resumed run has written an iteration twice, the later one counts.
+
+    Raises:
+        UserError: there is no such file, or it holds no metrics.
+    """
+    path = Path(run)
+    path = path / "metrics.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; name a run's OUTPUT_DIR, or its metrics.json.")
+    found: dict[str, dict[int, tuple[float, float, float]]] = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            iteration = entry["iteration"]
+            epoch = entry.get("epoch", float("nan"))
+            for name, value in entry.items():
+                if isinstance(value, (int, float)):
+                    found.setdefault(name, {})[iteration] = (iteration, epoch, value)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}, line {number} is not a line of detectron2's metrics ({error}).") from error
+    if not found:
+        raise UserError(f"{path} is empty: the run has not written any metrics yet.")
+    return {name: [by_iteration[i] for i in sorted(by_iteration)] for name, by_iteration in found.items()}
+
+
+def _published_rows() -> list[dict]:
+    text = resources.files(__package__).joinpath("published_training_curves.csv").read_text()
+    return list(csv.DictReader(text.splitlines()))
+
+
+def published_names() -> list[str]:
+    """Names of the published models whose curves are known."""
+    return list(dict.fromkeys(row["model"] for row in _published_rows()))
+
+
+def published_curves(name: str) -> Metrics:
+    """The authors' COCO curves of one model, in :func:`read_metrics`' form, by epoch; iteration is NaN.
+
+    Raises:
+        UserError: the name is not known.
+    """
+    rows = [row for row in _published_rows() if row["model"] == name]
+    if not rows:
+        raise UserError(f"--published {name}: there is no such model; choose from {', '.join(published_names())}.")
+    nan = float("nan")
+    return {
+        metric: [(nan, float(row["epoch"]), float(row[column])) for row in rows]
+        for metric, column in (("total_loss", "train_loss"), ("bbox/AP", "AP"))
+    }
+
+
+def draw_curves(runs: dict[str, Metrics], published: Sequence[str] = ()) -> Figure:
+    """Draw the losses, AP, learning rate, time and memory of runs, each in a panel of its own.
+
+    Args:
+        runs: by the name that the legend gives them.
+        published: names of published models to lay under them; the axis then is the epoch.
+
+    Raises:
+        UserError: an axis of epochs is needed, but a run does not tell its epochs.
+    """
+    by_epoch = bool(published)
+    for name, metrics in runs.items():
+        if by_epoch and "epoch" not in metrics:
+            raise UserError(
+                f"{name} does not tell its epochs, which --published needs: its metrics were not written by this project."
+            )
+    panels = [panel for panel in _PANELS if any(panel[1] in metrics for metrics in runs.values())]
+    figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    lines = {}
+    for axis, (title, metric, logarithmic) in zip(axes, panels):
+        for name in published:
+            points = published_curves(name).get(metric, [])
+            if points:
+                label = f"{name} (published, COCO)"
+                lines[label] = axis.plot([p[1] for p in points], [p[2] for p in points], "--", color="0.6", label=label)
+        for color, (name, metrics) in enumerate(runs.items()):
+            points = [p for p in metrics.get(metric, []) if p[2] == p[2]]
+            marker = "o-" if metric.startswith("bbox") else "-"
+            x = [p[1] if by_epoch else p[0] for p in _with_epochs(points, metrics)]
+            lines[name] = axis.plot(x, [p[2] for p in points], marker, color=f"C{color}", markersize=4, label=name)
+        axis.set(title=title, xlabel="epoch" if by_epoch else "iteration")
+        axis.grid(alpha=0.3)
+        if logarithmic:
+            axis.set_yscale("log")
+    figure.legend([line[0] for line in lines.values()], list(lines), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _with_epochs(points: Sequence[tuple], metrics: Metrics) -> list[tuple[float, float, float]]:
+    """Points with their epochs; an evaluation's line tells its iteration only."""
+    known = metrics.get("epoch", [])
+    if not known:
+        return list(points)
+    rate = known[-1][2] / (known[-1][0] + 1)  # epochs an iteration
+    return [(iteration, rate * (iteration + 1), value) for iteration, _, value in points]

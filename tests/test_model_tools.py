@@ -1,0 +1,230 @@
+"""The tools that use a trained model, with the checkpoint of a short run: predict, draw, report."""
+
+import argparse
+import importlib
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_train_net import train_net
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A short run of the embedded dataset."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    result = train_net("OUTPUT_DIR", folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Run a tool in this process; returns its exit status (or message), and what it printed."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        common, module = importlib.import_module("common"), importlib.import_module(name)
+        with pytest.raises(SystemExit) as ended:
+            common.run(module.main)
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of three images, one of them in a folder below, and a file that is no image."""
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    for i, name in enumerate(("one.png", "two.jpg", "below/one.png")):
+        pixels = np.random.RandomState(i).randint(0, 255, (100 + i, 120, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_one_bad_file_does_not_stop_the_others(tool, run_folder, pictures, tmp_path, batch_size):
+    (pictures / "broken.png").write_text("no image")
+    output = tmp_path / "out"
+    arguments = ["--input", pictures, "--output", output, "--score-threshold", 0.005, "--batch-size", batch_size]
+    status, printed = tool("predict", "--weights", run_folder / "model_final.pth", *arguments)
+    assert status == 1 and "broken.png is not an image" in printed and "1 files could not be read" in printed
+    drawn = {str(path.relative_to(output)) for path in output.rglob("*") if path.suffix in (".png", ".jpg")}
+    assert drawn == {"one.png", "two.jpg", "below/one.png"}
+    detections = json.loads((output / "predictions.json").read_text())
+    assert {d["file_name"] for d in detections} == {str(pictures / name) for name in drawn}
+    assert len({d["image_id"] for d in detections}) == 3
+    assert all(len(d["bbox"]) == 4 and d["bbox"][2] > 0 and 0 < d["score"] < 1 for d in detections)
+
+
+@pytest.mark.slow
+def test_predictions_of_a_dataset_can_be_evaluated(tool, run_folder, tmp_path):
+    """Files named by numbers keep them, so that pycocotools matches predictions and ground truth."""
+    from detectron2.data import DatasetCatalog
+    from detectron2.data.datasets.coco import convert_to_coco_dict
+    from pycocotools.coco import COCO
+
+    import samdetr  # noqa: F401, registers the dataset
+
+    records = DatasetCatalog.get("digits_val")[:4]
+    truth = COCO()
+    truth.dataset = convert_to_coco_dict("digits_val")
+    truth.createIndex()
+    files = [record["file_name"] for record in records]
+    status, printed = tool(
+        "predict", "--weights", run_folder / "model_final.pth", "--input", *files, "--output", tmp_path, "--no-drawings"
+    )
+    assert status in (0, None) and "4 files" in printed
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    assert {entry["image_id"] for entry in results} == {record["image_id"] for record in records}
+    assert len(truth.loadRes(results).anns) == len(results)
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.slow
+def test_videos(tool, run_folder, tmp_path):
+    import cv2
+
+    writer = cv2.VideoWriter(str(tmp_path / "film.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (96, 64))
+    for i in range(5):
+        writer.write(np.full((64, 96, 3), 40 * i, np.uint8))
+    writer.release()
+    (tmp_path / "broken.mp4").write_text("no video")
+    status, printed = tool(
+        *("predict", "--weights", run_folder / "model_final.pth", "--output", tmp_path / "out"),
+        *("--input", tmp_path / "broken.mp4", tmp_path / "film.mp4"),
+    )
+    assert status == 1 and "broken.mp4 is not a video" in printed
+    capture = cv2.VideoCapture(str(tmp_path / "out" / "film.mp4"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 5 and capture.get(cv2.CAP_PROP_FPS) == 10
+    detections = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {d["frame"] for d in detections} == set(range(5))
+
+
+@pytest.mark.slow
+def test_attention_sheets(tool, run_folder, pictures, tmp_path):
+    weights = run_folder / "model_final.pth"
+    arguments = ["--input", pictures / "one.png", "--output", tmp_path / "sheets", "--queries", 0, 3, "--separate"]
+    status, printed = tool("visualize_attention", "--weights", weights, *arguments, "--compare-weights", weights)
+    assert status is None and "query 0" in printed
+    names = {path.name for path in (tmp_path / "sheets").iterdir()}
+    assert {"one-query0.png", "one-query3.png", "one-query0-layer1-head1.png"} <= names
+    status, printed = tool("visualize_attention", "--weights", weights, *arguments[:4], "--score-threshold", 0.99)
+    assert status is None and "lower --score-threshold" in printed
+    status, printed = tool("visualize_attention", "--weights", weights, *arguments[:4], "--queries", 10**6)
+    assert "queries are numbered from 0" in status
+
+
+@pytest.mark.slow
+def test_curves(tool, run_folder, tmp_path):
+    output = tmp_path / "curves.svg"
+    status, _ = tool("plot_metrics", "--input", run_folder, "--published", "r50_e12", "--output", output)
+    assert status is None and "<svg" in output.read_text()
+    status, _ = tool("plot_metrics", "--input", run_folder, "--output", tmp_path / "curves.txt")
+    assert "ends in .png, .svg or .pdf" in status
+    status, _ = tool("plot_metrics", "--input", run_folder, run_folder, "--output", output)
+    assert "need different names" in status
+    status, _ = tool("plot_metrics", "--input", tmp_path, "--output", output)
+    assert "there is no such file" in status
+
+
+@pytest.mark.slow
+def test_training_images_are_drawn_with_denoising_queries(tool, run_folder, tmp_path):
+    from visualize_data import draw, read_config
+
+    from samdetr.data import build_train_loader
+
+    assert (
+        tool("visualize_data", "--weights", run_folder / "model_final.pth", "--output", tmp_path / "a.png")[0] is None
+    )
+    assert Image.open(tmp_path / "a.png").size[0] > 500
+    config = str(ROOT / "configs" / "sam_detr_pp_digits.yaml")
+    cfg = read_config(argparse.Namespace(config_file=config, weights=None, opts=[]))
+    batch = next(iter(build_train_loader(cfg)))[:2]
+    figure = draw(batch, cfg)
+    left, right = figure.axes[:2]
+    boxes = len(batch[0]["instances"])
+    assert len(left.patches) == boxes and len(right.patches) == 2 * boxes
+    status, _ = tool("visualize_data", "--output", tmp_path / "b.png")
+    assert "either --config-file or --weights" in status
+
+
+@pytest.mark.slow
+def test_report(tool, run_folder, tmp_path):
+    output = tmp_path / "report.html"
+    status, _ = tool("report", "--input", run_folder, "--output", output, "--max-images", 6, "--num-examples", 2)
+    assert status is None
+    page = output.read_text()
+    for text in ("Precision and recall", "Worst images", "Best images", "MODEL", "torch", "data:image/jpeg;base64"):
+        assert text in page
+    assert 'src="http' not in page and "href" not in page  # self-contained
+
+
+def test_f1_by_hand():
+    from detectron2.structures import Boxes, BoxMode, Instances
+    from report import f1
+
+    record = {
+        "annotations": [
+            {"bbox": [0, 0, 10, 10], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1},
+            {"bbox": [20, 20, 10, 10], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 2},
+        ]
+    }
+    found = Instances((40, 40))
+    # A hit, the same box again, the right place with the wrong class, and one below the threshold.
+    found.pred_boxes = Boxes(torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 30, 30], [20, 20, 30, 30]]))
+    found.scores, found.pred_classes = torch.tensor([0.9, 0.8, 0.7, 0.1]), torch.tensor([1, 1, 3, 2])
+    assert f1(record, found, 0.3) == pytest.approx(2 * 1 / (2 + 3))
+    assert f1(record, found, 0.05) == pytest.approx(2 * 2 / (2 + 4))
+    assert f1({"annotations": []}, found, 0.95) == 1.0
+
+
+@pytest.mark.slow
+def test_the_report_agrees_with_the_evaluator(run_folder):
+    """AP of all images, as COCOEvaluator has written it at the end of the run."""
+    from report import detect, evaluate
+
+    import samdetr
+
+    predictor = samdetr.load(run_folder / "model_final.pth", device="cpu")
+    records, found = detect(predictor, predictor.cfg.DATASETS.TEST[0], None)
+    evaluation = evaluate(predictor.cfg.DATASETS.TEST[0], records, found, 0.3)
+    written = json.loads((run_folder / "evaluation.json").read_text())["results"]["bbox"]
+    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
+        assert evaluation.stats[name] == pytest.approx(written[name], abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.slow
+def test_export_checks_what_it_writes(tool, run_folder, tmp_path):
+    weights, path = run_folder / "model_final.pth", tmp_path / "model.onnx"
+    status, printed = tool("export_model", "--weights", weights, "--output", path, "--size", 64, 96)
+    assert status is None and path.exists() and printed.count("largest difference") == 3
+    status, _ = tool("export_model", "--weights", weights, "--output", path)
+    assert "exists already" in status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["predict", "visualize_attention"])
+def test_wrong_weights_and_inputs_are_named(tool, run_folder, tmp_path, name):
+    weights = run_folder / "model_final.pth"
+    options = ["--output", tmp_path / "out"]
+    status, _ = tool(name, "--weights", tmp_path / "no.pth", "--input", tmp_path, *options)
+    assert "no.pth: there is no such file" in status
+    status, _ = tool(name, "--weights", weights, "--input", tmp_path / "nothing", *options)
+    assert "--input" in status and "nothing: there is no such file or folder" in status
+    (tmp_path / "empty").mkdir()
+    status, _ = tool(name, "--weights", weights, "--input", tmp_path / "empty", *options)
+    assert "empty: the folder holds no file" in status
+    status, _ = tool(name, "--weights", weights, "--class-names", "a,b", "--input", tmp_path, *options)
+    assert "2 class names for a model of 10 classes" in status
+    shutil.rmtree(tmp_path / "empty")

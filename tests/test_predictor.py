@@ -1,0 +1,170 @@
+"""samdetr.predictor: a checkpoint alone suffices, and every kind of image gives the same detections."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from PIL import Image
+
+import samdetr
+from samdetr.checkpoint import CheckedCheckpointer
+from samdetr.predictor import list_images, read_image, self_description
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of a random model, saved as the trainer saves it, and that model."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    cfg = tiny_config("TEST.DETECTIONS_PER_IMAGE", 15, "INPUT.MIN_SIZE_TEST", 96, "INPUT.MAX_SIZE_TEST", 128)
+    model = tiny_model().eval()
+    CheckedCheckpointer(model, str(folder), complete=False, description=self_description(cfg)).save("model_final")
+    return folder / "model_final.pth", model, cfg
+
+
+def photo(height=60, width=90, seed=0):
+    return np.random.RandomState(seed).randint(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+def equal(a, b, tolerance=0.0):
+    same = torch.allclose(a.pred_boxes.tensor, b.pred_boxes.tensor, atol=tolerance)
+    return same and torch.allclose(a.scores, b.scores, atol=tolerance) and torch.equal(a.pred_classes, b.pred_classes)
+
+
+def test_a_checkpoint_is_all_that_is_needed(checkpoint):
+    path, model, _ = checkpoint
+    predictor = samdetr.load(path, device="cpu")
+    assert predictor.class_names == [str(digit) for digit in range(10)]
+    assert predictor.cfg.INPUT.MIN_SIZE_TEST == 96 and str(path) == predictor.cfg.MODEL.WEIGHTS
+    image = photo(64, 128)  # the longest side allows 128: not resized
+    with torch.no_grad():
+        expected = model([{"image": torch.from_numpy(image.transpose(2, 0, 1).copy()), "height": 64, "width": 128}])
+    found = predictor(image)
+    assert len(found) == 15 and found.image_size == (64, 128)
+    assert torch.equal(found.scores, expected[0]["instances"].scores[:15])
+
+
+def test_every_kind_of_image(checkpoint, tmp_path):
+    predictor = samdetr.load(checkpoint[0], device="cpu")
+    image = photo()
+    Image.fromarray(image).save(tmp_path / "a.png")
+    expected = predictor(image)
+    assert expected.image_size == (60, 90)
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(image)):
+        assert equal(predictor(source), expected)
+    grey = np.array(Image.fromarray(image).convert("L"))
+    assert equal(predictor(grey), predictor(np.repeat(grey[..., None], 3, axis=2)))
+    assert equal(predictor(Image.fromarray(image).convert("RGBA")), expected)
+
+
+def test_several_images_at_once(checkpoint):
+    """One at a time is exact; batches of one size differ by rounding only."""
+    predictor = samdetr.load(checkpoint[0], device="cpu")
+    images = [photo(seed=seed) for seed in range(3)] + [photo(90, 60)]
+    alone = [predictor(image) for image in images]
+    assert all(equal(a, b) for a, b in zip(predictor(images), alone))
+    assert all(equal(a, b) for a, b in zip(predictor(iter(images)), alone))
+    assert all(equal(a, b, 1e-3) for a, b in zip(predictor(images[:3], batch_size=2), alone))
+    assert predictor([]) == []
+
+
+def test_images_are_turned_upright(tmp_path):
+    image = photo(4, 6)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.rot90(image, -1))
+
+
+def test_channel_order_follows_the_config(checkpoint):
+    predictor = samdetr.load(checkpoint[0], device="cpu", options=["INPUT.FORMAT", "BGR"])
+    image = photo()
+    flipped = samdetr.load(checkpoint[0], device="cpu").prepare(image)["image"].flip(0)
+    assert torch.equal(predictor.prepare(image)["image"], flipped)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 4, 3)), "of float64"),
+        (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)"),
+        (np.zeros((0, 4, 3), np.uint8), "has pixels"),
+    ],
+)
+def test_arrays_that_are_no_images(array, message):
+    with pytest.raises(ValueError, match=message):
+        read_image(array)
+
+
+def test_files_that_are_no_images(tmp_path):
+    with pytest.raises(ValueError, match=r"missing\.jpg: there is no such file"):
+        read_image(tmp_path / "missing.jpg")
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.jpg is not an image"):
+        read_image(tmp_path / "text.jpg")
+    Image.fromarray(photo(200, 200)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"cut\.png is not an image"):
+        read_image(tmp_path / "cut.png")
+
+
+def test_checkpoints_that_carry_nothing_need_a_config(checkpoint, tmp_path):
+    path, model, cfg = checkpoint
+    torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match=r"bare\.pth carries no config: name the one .*--config-file"):
+        samdetr.load(tmp_path / "bare.pth", device="cpu")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    names = [f"digit {i}" for i in range(10)]
+    bare = samdetr.load(tmp_path / "bare.pth", config_file=tmp_path / "config.yaml", class_names=names, device="cpu")
+    assert bare.class_names == names
+    assert equal(bare(photo()), samdetr.load(path, device="cpu")(photo()))
+    with pytest.raises(ValueError, match="3 class names for a model of 10 classes"):
+        samdetr.load(path, class_names=["a", "b", "c"], device="cpu")
+
+
+def test_a_checkpoint_that_does_not_fit_its_config(checkpoint, tmp_path):
+    path, _, cfg = checkpoint
+    other = cfg.clone()
+    other.MODEL.SAMDETR.HIDDEN_DIM = 64
+    (tmp_path / "config.yaml").write_text(other.dump())
+    with pytest.raises(ValueError, match=r"does not fit|shape"):
+        samdetr.load(path, config_file=tmp_path / "config.yaml", device="cpu")
+
+
+def test_a_checkpoint_of_another_version(checkpoint, tmp_path):
+    data = torch.load(checkpoint[0], weights_only=True)
+    data["config"] = data["config"].replace("POOLED_SIZE", "POOLED_SIZE_OF_OLD")
+    torch.save(data, tmp_path / "old.pth")
+    with pytest.raises(ValueError, match=r"another version of this project .*POOLED_SIZE_OF_OLD"):
+        samdetr.load(tmp_path / "old.pth", device="cpu")
+
+
+def test_a_config_without_weights_warns_loudly(tmp_path, caplog):
+    (tmp_path / "config.yaml").write_text(tiny_config().dump())
+    with caplog.at_level(logging.WARNING):
+        samdetr.load(tmp_path / "config.yaml", device="cpu")
+    assert "RANDOM weights" in caplog.text
+
+
+def test_averaged_weights_are_what_predicts(checkpoint, tmp_path):
+    data = torch.load(checkpoint[0], weights_only=True)
+    cfg = tiny_config("SOLVER.EMA.ENABLED", True)
+    data["config"] = cfg.dump()
+    data["average"] = {f"module.{name}": torch.zeros_like(value) for name, value in data["model"].items()}
+    torch.save(data, tmp_path / "averaged.pth")
+    model = samdetr.load(tmp_path / "averaged.pth", device="cpu").model
+    assert not any(parameter.any() for parameter in model.parameters())
+
+
+def test_folders_and_missing_inputs(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.JPG", "sub/a.png", "notes.txt"):
+        (tmp_path / name).write_text("")
+    assert list_images([tmp_path], {".jpg", ".png"}) == [tmp_path / "b.JPG", tmp_path / "sub" / "a.png"]
+    assert list_images([tmp_path / "notes.txt"], {".jpg"}) == [tmp_path / "notes.txt"]  # named, so meant
+    with pytest.raises(ValueError, match=r"--input .*nowhere: there is no such file or folder"):
+        list_images([tmp_path / "nowhere"], {".jpg"})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: the folder holds no file that ends in \.jpg"):
+        list_images([tmp_path / "empty"], {".jpg"})

@@ -1,0 +1,71 @@
+#!/usr/bin/env python
+"""Export a trained model to ONNX or torch.export: plain operations, any batch, any image size.
+
+    tools/export_model.py --weights output/demo/model_final.pth --output model.onnx
+    tools/export_model.py --weights output/demo/model_final.pth --output model.pt2
+    tools/run_exported.py --model model.onnx --input street.jpg --output detections.png
+
+The file is checked before this tool ends: at three sizes other than the one it was traced at, and with one to three images,
+its outputs must be those of the model, to 1e-4. Its input is ``images`` (batch, 3, rows, columns), float32 in 0 to 255,
+already resized; its outputs are ``boxes`` (batch, N, 4) as (x0, y0, x1, y1) in [0, 1], ``scores`` and ``classes``
+(batch, N), best first. Class names and input sizes are in its metadata. ONNX needs: pip install onnx onnxscript onnxruntime
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import add_model_arguments, load_predictor, run
+from run_exported import open_model
+
+from samdetr.errors import UserError
+from samdetr.export import ExportableModel, export
+from samdetr.predictor import Predictor
+
+
+def largest_difference(predictor: Predictor, path: Path, size: tuple[int, int], batch: int) -> float:
+    """Between the file's outputs and the model's, for random images; boxes and classes where the scores decide."""
+    images = 255 * torch.rand(batch, 3, *size)
+    with torch.no_grad():
+        boxes, scores, classes = (x.numpy() for x in ExportableModel(predictor.model)(images))
+    found = open_model(path)[0](images.numpy())
+    difference = float(np.abs(found["scores"] - scores).max())
+    # Where scores are equal up to rounding, their order is free: compare what has no neighbour that close.
+    gaps = np.abs(np.diff(scores, axis=1))
+    apart = np.minimum(np.pad(gaps, ((0, 0), (1, 0)), constant_values=1), np.pad(gaps, ((0, 0), (0, 1)))) > 1e-6
+    if (found["classes"] != classes)[apart].any():
+        return float("inf")
+    return max(difference, float(np.abs(found["boxes"] - boxes)[apart].max(initial=0)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--output", required=True, help="file that ends in .onnx or .pt2")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"), help="to trace with"
+    )
+    arguments = parser.parse_args()
+    arguments.device = "cpu"
+    path = Path(arguments.output)
+    if path.exists():
+        raise UserError(f"--output {path} exists already: remove it or name another file.")
+    predictor = load_predictor(arguments)
+    export(predictor, path, tuple(arguments.size))
+    divisor = max(32, predictor.model.backbone.size_divisibility)
+    height, width = (-(-side // divisor) * divisor for side in arguments.size)
+    torch.manual_seed(0)
+    for number, size in enumerate(
+        ((width, height), (height - divisor, width + divisor), (2 * divisor, 3 * divisor)), 1
+    ):
+        difference = largest_difference(predictor, path, size, batch=number)
+        print(f"{number} x {size[0]} x {size[1]}: largest difference from the model {difference:.1e}")
+        if difference > 1e-4:
+            path.rename(path.with_name(f"{path.name}.wrong"))
+            raise UserError(f"{path} differs from the model by more than 1e-4: kept as {path.name}.wrong.")
+    print(f"{path}: {path.stat().st_size / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,82 @@
+#!/usr/bin/env python
+"""Run an exported model on an image. Needs numpy, Pillow, and onnxruntime (.onnx) or torch (.pt2), and nothing else.
+
+    tools/run_exported.py --model model.onnx --input street.jpg --output detections.png
+
+Copy this file as a start for a service of your own.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+
+def open_model(path: Path) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]], dict]:
+    """A function from images (B, 3, H, W) to the named outputs, and the file's description."""
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
+        names = [output.name for output in session.get_outputs()]
+        description = json.loads(session.get_modelmeta().custom_metadata_map["samdetr"])
+        return lambda images: dict(zip(names, session.run(names, {"images": images}))), description
+    import torch
+
+    extra = {"samdetr.json": ""}
+    module = torch.export.load(path, extra_files=extra).module()
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            outputs = module(torch.from_numpy(images))
+        return dict(zip(("boxes", "scores", "classes"), (output.numpy() for output in outputs)))
+
+    return run, json.loads(extra["samdetr.json"])
+
+
+def prepare(image: Image.Image, description: dict) -> np.ndarray:
+    """Resize as in training, and lay out as (1, 3, H, W)."""
+    width, height = image.size
+    scale = description["shortest_side"] / min(width, height)
+    scale = min(scale, description["longest_side"] / max(width, height))
+    divisor = max(1, description["size_divisibility"])
+    size = [max(divisor, round(side * scale / divisor) * divisor) for side in (width, height)]
+    pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
+    if description["channel_order"] == "BGR":
+        pixels = pixels[..., ::-1]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="file of tools/export_model.py")
+    parser.add_argument("--input", type=Path, required=True, help="image")
+    parser.add_argument("--output", type=Path, required=True, help="image with the detections drawn")
+    parser.add_argument("--score-threshold", type=float, default=0.3)
+    arguments = parser.parse_args()
+    for path in (arguments.model, arguments.input):
+        if not path.is_file():
+            sys.exit(f"error: {path}: there is no such file.")
+    try:
+        image = ImageOps.exif_transpose(Image.open(arguments.input)).convert("RGB")
+    except OSError as error:
+        sys.exit(f"error: {arguments.input} is not an image that can be read ({error}).")
+    model, description = open_model(arguments.model)
+    found = model(prepare(image, description))
+    drawing = ImageDraw.Draw(image)
+    for box, score, label in zip(found["boxes"][0], found["scores"][0], found["classes"][0]):
+        if score >= arguments.score_threshold:
+            corners = (box.clip(0, 1) * np.array(image.size * 2)).tolist()
+            text = f"{description['class_names'][label]} {score:.2f}"
+            drawing.rectangle(corners, outline="red", width=2)
+            drawing.text(corners[:2], text, fill="white", stroke_width=1, stroke_fill="black")
+            print(text, [round(x, 1) for x in corners])
+    image.save(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
