@@ -53,7 +53,7 @@ setup(
     package_dir={"": "projects/SAMDETR"},
     packages=find_packages("projects/SAMDETR"),
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",
         "torchvision",
         *detectron2_requirement(),
         "fvcore",

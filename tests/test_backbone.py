@@ -72,17 +72,38 @@ def test_folded_norms_change_nothing_but_rounding(bias):
         assert torch.allclose(expected, found, rtol=1e-4, atol=1e-4)
 
 
-def test_no_scaled_weights_are_kept(monkeypatch):
-    """Between the forward and the backward pass they do not exist."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_scaled_weights_are_kept(monkeypatch, dtype):
+    """Between the forward and the backward pass they do not exist, in mixed precision neither."""
     used = []
 
     def conv2d(x, weight, *args):
+        assert weight.dtype == dtype
         used.append(weakref.ref(weight))
         return F.conv2d(x, weight, *args)
 
     monkeypatch.setattr("samdetr.backbone.F", SimpleNamespace(conv2d=conv2d))
-    output = optimize_backbone(frozen_conv())(torch.randn(2, 6, 9, 7, requires_grad=True))
-    assert output.requires_grad and len(used) == 1 and used[0]() is None
+    module = optimize_backbone(frozen_conv())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = module(torch.randn(2, 6, 9, 7, requires_grad=True))
+    assert output.requires_grad and output.dtype == dtype and len(used) == 1 and used[0]() is None
+    output.sum().backward()
+    assert module.weight.grad.dtype == torch.float32
+
+
+def test_a_frozen_weight_gets_no_gradient():
+    module = optimize_backbone(frozen_conv())
+    module.weight.requires_grad_(False)
+    x = torch.randn(2, 6, 9, 7, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad is not None and module.weight.grad is None
+
+
+def test_a_norm_that_is_replaced_is_not_folded():
+    module = optimize_backbone(frozen_conv())
+    module.norm = torch.nn.BatchNorm2d(8)
+    output = module(torch.randn(4, 6, 9, 7))
+    assert module.norm.num_batches_tracked == 1 and output.shape == (4, 8, 5, 4)
 
 
 def test_norms_that_learn_are_not_folded():

@@ -111,3 +111,33 @@ def test_padded_values_are_zero():
     out = attention(query, reference, memory, [(2, 3)], mask)
     memory[0, [2, 5]] = 1e3
     assert torch.equal(attention(query, reference, memory, [(2, 3)], mask), out)
+
+
+def test_no_queries_at_all():
+    value = torch.randn(1, 6, 2, 3, requires_grad=True)
+    sampled = multi_scale_deformable_sampling(
+        value, [(2, 3)], torch.zeros(1, 0, 2, 1, 2, 2), torch.zeros(1, 0, 2, 1, 2)
+    )
+    assert sampled.shape == (1, 0, 6)
+    sampled.sum().backward()
+    assert not value.grad.any()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_recomputed_plain_sampling(nested):
+    """What runs on other devices than the CPU, by itself and inside a layer that is computed again, too."""
+    sizes = [(4, 6), (2, 3)]
+    value = torch.randn(2, 30, 2, 3, requires_grad=True)
+    locations = torch.rand(2, 5, 2, 2, 3, 2, requires_grad=True)
+    weights = torch.rand(2, 5, 2, 2, 3, requires_grad=True)
+
+    def recomputed(value, locations, weights):
+        return layers.run_layer(sampling_plain, value, sizes, locations, weights, recompute=True)
+
+    arguments = (value, locations, weights)
+    found = layers.run_layer(recomputed, *arguments, recompute=nested)
+    expected = sampling_plain(value, sizes, locations, weights)
+    assert torch.equal(found, expected)
+    gradient = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad(result, arguments, gradient) for result in (found, expected))):
+        assert torch.equal(a, b)

@@ -387,7 +387,8 @@ def test_the_best_weights_are_remembered_when_a_run_is_resumed(tmp_path, monkeyp
     options = ["DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 2]
     train_until(start(trainer_config(tmp_path, *options)), 4)
     best = torch.load(tmp_path / "model_best.pth", weights_only=True)
-    assert (best["metric"], best["iteration"]) == (30.0, 1) and set(best) == {"model", "metric", "iteration"}
+    assert (best["metric"], best["iteration"]) == (30.0, 1)
+    assert set(best) == {"model", "metric", "iteration", "config", "class_names", "category_ids"}
     train(trainer_config(tmp_path, *options), resume=True)
     assert torch.load(tmp_path / "model_best.pth", weights_only=True)["metric"] == 30.0
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"

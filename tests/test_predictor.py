@@ -168,3 +168,31 @@ def test_folders_and_missing_inputs(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: the folder holds no file that ends in \.jpg"):
         list_images([tmp_path / "empty"], {".jpg"})
+
+
+def test_devices_that_are_not_there(checkpoint):
+    with pytest.raises(ValueError, match=r"There is no device 'tpu9': use cpu or cuda \(--device"):
+        samdetr.load(checkpoint[0], device="tpu9")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device here"):
+            samdetr.load(checkpoint[0], device="cuda")
+
+
+def test_a_config_with_weights_uses_what_they_carry(checkpoint, tmp_path):
+    path, _, cfg = checkpoint
+    data = torch.load(path, weights_only=True)
+    data["class_names"] = [f"name {i}" for i in range(10)]
+    data["average"] = {f"module.{name}": torch.zeros_like(value) for name, value in data["model"].items()}
+    torch.save(data, tmp_path / "model.pth")
+    cfg = cfg.clone()
+    cfg.MODEL.WEIGHTS, cfg.SOLVER.EMA.ENABLED = str(tmp_path / "model.pth"), True
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    predictor = samdetr.load(tmp_path / "config.yaml", device="cpu")
+    assert predictor.class_names[3] == "name 3" and predictor.category_ids == list(range(1, 11))
+    assert not any(parameter.any() for parameter in predictor.model.parameters())
+
+
+def test_thin_images_keep_a_line(checkpoint):
+    predictor = samdetr.load(checkpoint[0], device="cpu")
+    assert predictor.prepare(photo(1, 2000))["image"].shape[1] == 1
+    assert len(predictor(photo(1, 2000))) > 0

@@ -97,3 +97,27 @@ def test_samples_block_by_block_are_those_at_once(monkeypatch, elements):
     gradient = torch.randn_like(found)
     for a, b in zip(*(torch.autograd.grad(x, arguments, gradient) for x in (found, expected))):
         assert torch.allclose(a, b)
+
+
+def test_no_samples_at_all():
+    features = torch.randn(2, 4, 5, 6, requires_grad=True)
+    sampled = sample_separably(features, torch.zeros(2, 0, 4), torch.zeros(2, 0, 5))
+    assert sampled.shape == (2, 0, 6)
+    sampled.sum().backward()
+    assert not features.grad.any()
+
+
+def test_gradients_of_low_precision_are_added_up_in_float32(monkeypatch):
+    """Many blocks are not less exact than one."""
+    features = torch.randn(1, 8, 8, 16, dtype=torch.bfloat16, requires_grad=True)
+    rows, columns = torch.rand(1, 64, 8), torch.rand(1, 64, 8)
+    gradient = torch.randn(1, 64, 16, dtype=torch.bfloat16)
+    exact = features.detach().double().requires_grad_()
+    sample_separably_plain(exact, rows.double(), columns.double()).backward(gradient.double())
+
+    def error(elements):
+        monkeypatch.setitem(layers._BLOCK_ELEMENTS, "cpu", elements)
+        (found,) = torch.autograd.grad(sample_separably(features, rows, columns), features, gradient)
+        return (found.double() - exact.grad).norm() / exact.grad.norm()
+
+    assert error(64) < 1.4 * error(10**6)  # added up in bfloat16, more than twice it

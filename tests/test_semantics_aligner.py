@@ -102,3 +102,19 @@ def test_identity_aligner_hands_the_query_on():
 def test_reduction_that_does_not_divide_the_width():
     with pytest.raises(ValueError, match=r"ALIGNER.REDUCTION \(4\) does not divide .*HIDDEN_DIM \(18\)"):
         make_aligner(False, dim=18)
+
+
+def test_mixed_precision_takes_float32_features():
+    """CUDA's LayerNorm gives float32 under autocast; pooling and sampling are in the lower precision all the same."""
+    aligner = make_aligner(True)
+    level = make_level(torch.randn(1, 6, 8, 16), [[8, 6]])
+    level.features.requires_grad_()
+    content, boxes = torch.randn(1, 3, 16), torch.rand(1, 3, 4) * 0.5 + 0.2
+    exact = aligner(content, boxes, level)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        aligned = aligner(content, boxes, level)
+    assert aligned.content.dtype == aligned.position.dtype == torch.bfloat16
+    assert aligned.keypoints.dtype == aligned.gaussian_scales.dtype == torch.float32
+    assert torch.allclose(aligned.content.float(), exact.content, atol=0.1)
+    aligned.content.sum().backward()
+    assert level.features.grad.dtype == torch.float32 and level.features.grad.any()

@@ -1,5 +1,7 @@
 """samdetr.solver: rates, decay, clipping."""
 
+import copy
+
 import pytest
 import torch
 from conftest import load_config, tiny_config
@@ -74,3 +76,34 @@ def test_clipping_follows_the_config():
     cfg.SOLVER.CLIP_GRADIENTS.update({"ENABLED": True, "FULL_MODEL": True, "CLIP_TYPE": "value"})
     with pytest.raises(ValueError, match="CLIP_TYPE is 'value'"):
         build_optimizer(cfg, model)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_checkpoint_of_another_layout_is_resumed_exactly(clip):
+    """Moments that lie in memory otherwise than their parameters, from an optimizer that was not fused."""
+    cfg = tiny_config("SOLVER.CLIP_GRADIENTS.ENABLED", clip)
+    models = [build_model(cfg) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    resumed, plain = (build_optimizer(cfg, model) for model in models)
+    for group in plain.param_groups:
+        group["fused"] = False
+    gradients = [[torch.randn_like(p) for p in models[0].parameters()] for _ in range(2)]
+
+    def step(optimizer, model, values):
+        for parameter, value in zip(model.parameters(), values):
+            parameter.grad = value.clone()
+        optimizer.step()
+
+    step(plain, models[1], gradients[0])
+    state = copy.deepcopy(plain.state_dict())
+    for moments in state["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = moments[name].contiguous()
+    models[0].load_state_dict(models[1].state_dict())
+    resumed.load_state_dict(state)
+    assert all(group["fused"] for group in resumed.param_groups)
+    assert any(not p.is_contiguous() for p in models[0].parameters())
+    for optimizer, model in ((plain, models[1]), (resumed, models[0])):
+        step(optimizer, model, gradients[1])
+    for a, b in zip(*(model.parameters() for model in models)):
+        assert torch.allclose(a, b, atol=1e-7)

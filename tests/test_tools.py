@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from test_checkpoint import converted_model, published_state_dict
 
+import samdetr
 from samdetr.checkpoint import CheckedCheckpointer
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -39,6 +41,9 @@ def test_converted_checkpoint_loads_in_detectron2_and_predicts_the_same(tmp_path
     inputs = [make_input(64, 96)]
     expected = converted_model("r50_ms_smca_12ep").predict(inputs)
     assert torch.equal(model.predict(inputs)["pred_logits"], expected["pred_logits"])
+    predictor = samdetr.load(tmp_path / "ours.pth", device="cpu")  # needs no config and no class names
+    assert torch.equal(predictor.model.predict(inputs)["pred_logits"], expected["pred_logits"])
+    assert predictor.class_names[0] == "person" and predictor.category_ids[-1] == 90
 
 
 @pytest.mark.slow
@@ -299,11 +304,12 @@ def test_benchmark_compares_variants(tmp_path):
         ("x checkout=/nowhere", "/nowhere is not a checkout of this project"),
         ("x size=480", "'size=480' is not understood"),
         ("x config=nothing.yaml", "nothing.yaml: there is no such file"),
+        ("y", "The variants need different names: y, y"),
     ],
 )
 def test_benchmark_refuses_a_wrong_variant(variant, message):
     config = ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml"
-    wrong = run_tool("benchmark.py", "--config-file", config, "--variant", variant)
+    wrong = run_tool("benchmark.py", "--config-file", config, "--variant", variant, "--variant", "y")
     assert wrong.returncode == 1 and message in wrong.stderr and "Traceback" not in wrong.stderr
 
 
@@ -322,3 +328,28 @@ def test_padding_is_measured(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.splitlines()[0].startswith("1 a batch: AP ")
     assert result.stdout.splitlines()[1].startswith("8 a batch: AP ")
+
+
+@pytest.mark.slow
+def test_growth_is_measured_and_drawn(tmp_path):
+    config = ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml"
+    values = ["--sizes", 64, 70, 96, "--queries", 5, 10, "--boxes-an-image", 1, "--batches", 1]
+    output = ["--output", tmp_path / "growth.json", "--plot", tmp_path / "growth.png"]
+    result = run_tool("measure_growth.py", "--config-file", config, "--size", 64, 64, "--steps", 1, *values, *output)
+    assert result.returncode == 0, result.stderr
+    results = {r["name"]: r for r in json.loads((tmp_path / "growth.json").read_text())["results"]}
+    assert set(results) == {"image-side-64", "image-side-96", "queries-5", "queries-10", "boxes-1", "batch-1"}
+    assert results["queries-10"]["multiply_adds"] > results["queries-5"]["multiply_adds"]
+    assert results["queries-5"]["multiply_adds"] == 2 * results["batch-1"]["multiply_adds"] * (
+        results["queries-5"]["multiply_adds"] / results["boxes-1"]["multiply_adds"]
+    )
+    assert Image.open(tmp_path / "growth.png").size[0] > 500
+
+
+def test_every_tool_is_executable_and_explains_itself():
+    for tool in sorted((ROOT / "tools").glob("*.py")):
+        text = tool.read_text()
+        if text.startswith("#!"):
+            assert os.access(tool, os.X_OK), f"{tool} is not executable"
+            if tool.name not in ("install.py",):
+                assert f"tools/{tool.name}" in text.split('"""')[1], f"{tool} shows no example"

@@ -49,7 +49,9 @@ def test_training_writes_checkpoints_metrics_and_logs(finished_run):
     # After the third step, and after the sixth and last, which detectron2 counts as iteration 6.
     assert "bbox/AP" in metrics[2] and "bbox/AP" in metrics[6]
     assert "eta: " in result.stdout + result.stderr
-    assert set(torch.load(folder / "model_best.pth", weights_only=True)) == {"model", "iteration", "metric"}
+    best = torch.load(folder / "model_best.pth", weights_only=True)
+    assert set(best) == {"model", "iteration", "metric", "config", "class_names", "category_ids"}
+    assert metrics[5]["epoch"] == pytest.approx(6 * 4 / 2000)  # six steps of four of the 2000 images
 
 
 @pytest.mark.slow

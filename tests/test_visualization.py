@@ -19,6 +19,7 @@ from samdetr.visualization import (
     read_metrics,
     record_attention,
 )
+from samdetr.visualization.attention import QueryView
 
 IDENTITY = ["MODEL.SAMDETR.ALIGNER.NAME", "IdentityAligner"]
 
@@ -77,11 +78,32 @@ def test_attention_sheets_show_layers_and_heads():
     image = np.random.RandomState(0).randint(0, 255, (64, 96, 3), dtype=np.uint8)
     with record_attention(model) as layers:
         model.predict([{"image": torch.from_numpy(image.transpose(2, 0, 1).copy())}])
-    sheet, other = draw_attention(image, layers, 0, "a title"), draw_attention(image, layers, 1)
+    sheet, other = draw_attention(image, layers, 0, "a title"), draw_attention(image, layers, 1, "a title")
     assert sheet.dtype == np.uint8 and sheet.shape[2] == 3 and sheet.shape[1] > sheet.shape[0]
-    assert sheet.shape != other.shape or (sheet != other).any()
-    single = draw_head(image, layers[-1], 0, 2)
-    assert len(np.unique(single.reshape(-1, 3), axis=0)) > 50
+    assert sheet.shape == other.shape and (sheet != other).any()
+    heads = [draw_head(image, layers[-1], 0, head) for head in range(2)]
+    assert heads[0].shape == heads[1].shape and (heads[0] != heads[1]).any()
+
+
+def test_drawn_places_are_those_of_the_image():
+    """Beside a larger image: box, keypoints and attention lie in the image itself, without its padding."""
+    model = tiny_model().eval()
+    image = np.zeros((64, 96, 3), np.uint8)
+    small = {"image": torch.from_numpy(image.transpose(2, 0, 1).copy())}
+    with record_attention(model) as layers:
+        model.predict([small, make_input(128, 128)])
+    layer = layers[1]
+    view = QueryView(image, layer, 3)
+    cx, cy, w, h = layer.reference_boxes[0, 3].tolist()
+    assert view.corner == pytest.approx(((cx - w / 2) * 96, (cy - h / 2) * 64))
+    assert view.box_size == pytest.approx((w * 96, h * 64))
+    assert np.allclose(view.keypoints, layer.query.keypoints[0, 3] * torch.tensor([96, 64]))
+    assert view.weights.shape == (4, 8, 12) and np.allclose(view.weights.sum((1, 2)), 1, atol=1e-5)
+    assert view.pixel_centres[0][0] == 4 and view.pixel_centres[0][-1] == 92  # stride 8
+    # The Gaussian's greatest value is at the pixel nearest to the keypoint, if that is inside.
+    x, y = view.keypoints[0].clip(0, (95, 63))
+    row, column = np.unravel_index(view.gaussians[0].argmax(), view.gaussians[0].shape)
+    assert abs(view.pixel_centres[0][column] - x) <= 4 and abs(view.pixel_centres[1][row] - y) <= 4
 
 
 def test_only_confident_detections_are_drawn():
@@ -109,14 +131,24 @@ def test_metrics_of_a_resumed_run(tmp_path):
     assert metrics["bbox/AP"][0][0] == 4
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("", "is empty"), ("no json", "line 1 is not"), ('{"lr": 1}', "line 1 is not"), ("[1]", "line 1")],
-)
-def test_files_that_are_no_metrics(tmp_path, text, message):
-    (tmp_path / "metrics.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("content", [b"", b"no json", b'{"lr": 1}', b"[1]", b"\x80\x02\xff"])
+def test_files_that_are_no_metrics(tmp_path, content):
+    (tmp_path / "metrics.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.json (holds no metrics|is not a run's)"):
         read_metrics(tmp_path)
+
+
+def test_an_unfinished_line_costs_itself_only(tmp_path, caplog):
+    path = write_metrics(tmp_path / "metrics.json", [{"iteration": 1, "lr": 0.5}, {"iteration": 2, "lr": 0.25}])
+    path.write_text(path.read_text()[:-8])
+    assert read_metrics(path)["lr"] == [(1, pytest.approx(float("nan"), nan_ok=True), 0.5)]
+    assert "line 2 is not a line of metrics" in caplog.text
+
+
+def test_a_run_without_known_metrics(tmp_path):
+    metrics = read_metrics(write_metrics(tmp_path / "metrics.json", [{"iteration": 1, "mine": 2.0}]))
+    with pytest.raises(ValueError, match="has none of the metrics that are drawn"):
+        draw_curves({"mine": metrics})
 
 
 def test_missing_metrics(tmp_path):
@@ -126,18 +158,20 @@ def test_missing_metrics(tmp_path):
 
 def test_curves_lie_where_the_numbers_are(tmp_path):
     lines = [{"iteration": i, "epoch": (i + 1) / 10, "total_loss": 9 - i, "lr": 0.1, "time": 1.0} for i in (1, 3)]
-    lines += [{"iteration": 4, "bbox/AP": 7.0}]
+    lines += [{"iteration": 2, "bbox/AP": 7.0}]
     metrics = read_metrics(write_metrics(tmp_path / "metrics.json", lines))
     figure = draw_curves({"mine": metrics})
-    loss = figure.axes[0]
-    assert [axis.get_title() for axis in figure.axes] == ["training loss", "box AP", "learning rate", "seconds a step"]
+    axes = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    assert set(axes) == {"training loss, all layers", "box AP", "learning rate", "seconds a step"}
+    loss = axes["training loss, all layers"]
     assert loss.lines[0].get_xydata().tolist() == [[1, 8], [3, 6]] and loss.get_xlabel() == "iteration"
-    published = draw_curves({"mine": metrics}, ["r50_smca_e12"])
-    loss, ap, *_ = published.axes
-    assert loss.get_xlabel() == "epoch"
-    theirs, mine = ap.lines
+    published = draw_curves({"mine": metrics}, ["r50_smca_e12", "r50_e12"])
+    axes = {axis.get_title(): axis for axis in published.axes}
+    assert axes["box AP"].get_xlabel() == "epoch"
+    theirs, others, mine = axes["box AP"].lines
     assert theirs.get_xdata().tolist() == list(range(1, 13)) and theirs.get_label() == "r50_smca_e12 (published, COCO)"
-    assert mine.get_xydata().tolist() == [[0.5, 7.0]]  # iteration 4 is the fifth
+    assert theirs.get_linestyle() != others.get_linestyle()
+    assert mine.get_xydata().tolist() == [[pytest.approx(0.3), 7.0]]  # halfway between what is known
 
 
 def test_published_curves_are_the_papers():

@@ -44,10 +44,11 @@ from tabulate import tabulate
 
 import samdetr
 from samdetr.checks import merge_options
-from samdetr.engine.train_step import TrainStep, autocast
+from samdetr.engine.train_step import TrainStep
 from samdetr.errors import UserError
 from samdetr.solver import build_optimizer
 
+ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("train", "gradients", "inference")
 DTYPES = {"float32": None, "bfloat16": "bfloat16", "float16": "float16"}
 _PART = "part: "  # how the profiler's ranges of parts begin
@@ -90,11 +91,15 @@ class RandomBatches:
 
 def make_step(cfg, task: str, model: torch.nn.Module, loader: RandomBatches):
     """A function of the iteration's number that does one step of the task."""
-    device = torch.device(cfg.MODEL.DEVICE)
+
+    def mixed_precision():
+        amp, device = cfg.SOLVER.AMP, torch.device(cfg.MODEL.DEVICE)
+        return torch.autocast(device.type, dtype=getattr(torch, amp.PRECISION), enabled=amp.ENABLED)
+
     if task == "inference":
 
         def infer(iteration: int) -> None:
-            with torch.no_grad(), autocast(cfg, device):
+            with torch.no_grad(), mixed_precision():
                 model(loader.batch)
 
         return infer
@@ -102,7 +107,7 @@ def make_step(cfg, task: str, model: torch.nn.Module, loader: RandomBatches):
 
         def differentiate(iteration: int) -> None:
             model.zero_grad()
-            with autocast(cfg, device):
+            with mixed_precision():
                 losses = model(loader.batch)
             sum(losses.values()).backward()
 
@@ -161,7 +166,8 @@ def breakdown(step, iteration: int, model: torch.nn.Module, cuda: bool) -> dict[
     with annotated_parts(model), torch.profiler.profile(activities=activities) as profile:
         step(iteration)
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
-    part_of_sequence: dict[int, str] = {}  # autograd numbers its nodes in the order of the operations that made them
+    # Autograd numbers its nodes, in each thread, in the order of the operations that made them.
+    part_of_sequence: dict[tuple[int, int], str] = {}
 
     def part_of(event) -> str:
         while event is not None:
@@ -170,17 +176,25 @@ def breakdown(step, iteration: int, model: torch.nn.Module, cuda: bool) -> dict[
             if event.name.startswith(("Optimizer.step", "Optimizer.zero_grad")):
                 return "optimizer"
             if event.name.startswith("autograd::engine::evaluate_function"):
-                return part_of_sequence.get(event.sequence_nr, "other")
+                return part_of_sequence.get((event.fwd_thread, event.sequence_nr), "other")
             event = event.cpu_parent
         return "other"
 
     for event in sorted(events, key=lambda event: event.time_range.start):
         if event.sequence_nr >= 0 and not event.name.startswith("autograd::"):
-            part_of_sequence[event.sequence_nr] = part_of(event)
+            part_of_sequence[event.thread, event.sequence_nr] = part_of(event)
     microseconds: Counter[str] = Counter()
     for event in events:
         microseconds[part_of(event)] += event.self_device_time_total if cuda else event.self_cpu_time_total
     return {part: value / 1e6 for part, value in microseconds.most_common()}
+
+
+def resident_kibibytes() -> float:
+    """What this process holds in memory; where that is not told, the most it has held."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(
@@ -198,7 +212,7 @@ def measure(
     model = build_model(cfg).train(task != "inference")
     classes = cfg.MODEL.SAMDETR.NUM_CLASSES if isinstance(model, samdetr.SAMDETR) else cfg.MODEL.ROI_HEADS.NUM_CLASSES
     step = make_step(cfg, task, model, RandomBatches(batch, size, boxes, classes))
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = resident_kibibytes()
     times = []
     with EventStorage():
         for iteration in range(warmup + steps):
@@ -245,8 +259,11 @@ def parse_variant(text: str, arguments: argparse.Namespace) -> dict:
     if checkout:
         if not (Path(checkout) / "projects" / "SAMDETR" / "samdetr").is_dir():
             raise UserError(f"--variant {text!r}: {checkout} is not a checkout of this project.")
-        if (Path(checkout) / variant["config"]).is_file():
-            variant["config"] = str(Path(checkout) / variant["config"])
+        # The config of the same name there, be it given by an absolute path or not.
+        config = Path(variant["config"]).resolve()
+        there = Path(checkout, config.relative_to(ROOT)) if config.is_relative_to(ROOT) else None
+        if there is not None and there.is_file():
+            variant["config"] = str(there)
     variant["options"] += ["MODEL.DEVICE", arguments.device]
     if DTYPES[arguments.precision]:
         variant["options"] += ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", DTYPES[arguments.precision]]
@@ -288,6 +305,9 @@ def median_of(runs: list[dict]) -> dict:
 
 def measure_variants(variants: list[dict], tasks: list[str], arguments: argparse.Namespace) -> list[dict]:
     """Measure all variants interleaved; one result each variant and task, with the median over rounds and all runs."""
+    names = [variant["name"] for variant in variants]
+    if len(set(names)) < len(names):
+        raise UserError(f"The variants need different names: {', '.join(names)}.")
     runs: dict[tuple[str, str], list[dict]] = {(task, variant["name"]): [] for task in tasks for variant in variants}
     for _ in range(arguments.rounds):
         for task in tasks:

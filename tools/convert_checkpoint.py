@@ -4,7 +4,8 @@
     tools/convert_checkpoint.py r50_ms_smca_e12.pth sam_detr_pp_smca_R_50.pth
     ./train_net.py --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --eval-only MODEL.WEIGHTS sam_detr_pp_smca_R_50.pth
 
-The classifier's 91 outputs, indexed by COCO's category ids, become the 80 of detectron2's COCO datasets.
+The classifier's 91 outputs, indexed by COCO's category ids, become the 80 of detectron2's COCO datasets. The file carries
+the config that fits and COCO's class names, so that tools/predict.py and the like need nothing else.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import samdetr
 from samdetr.checkpoint import convert_published_state_dict
 from samdetr.checks import check_loaded
 from samdetr.errors import UserError
+from samdetr.predictor import self_description
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -118,7 +120,8 @@ def convert(source: Path, target: Path, num_classes: int, allow_pickle: bool) ->
     if extra:
         raise UserError(f"{source} has parameters that configs/{config}.yaml lacks, for example {extra[0]}.")
     temporary = target.with_name(f"{target.name}.part")
-    torch.save({"model": {name: value.clone() for name, value in converted.items()}}, temporary)
+    weights = {name: value.clone() for name, value in converted.items()}
+    torch.save({"model": weights, **self_description(cfg)}, temporary)
     os.replace(temporary, target)
     return config, told
 

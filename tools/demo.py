@@ -11,13 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from common import SCORE_THRESHOLD
+from common import SCORE_THRESHOLD, run
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
 import samdetr
-from samdetr.predictor import read_image
-from samdetr.visualization import draw_annotations, draw_detections, draw_pairs
+from samdetr.visualization import draw_beside_truth, draw_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/sam_detr_digits.yaml"
@@ -26,12 +25,10 @@ CONFIG = "configs/sam_detr_digits.yaml"
 def draw(output: Path, num_images: int = 16) -> Path:
     """Draw predictions of ``model_final.pth`` beside the ground truth of the first validation images."""
     predictor = samdetr.load(output / "model_final.pth", device="cpu")
-    names = predictor.class_names
-    pairs = []
-    for record in DatasetCatalog.get(predictor.cfg.DATASETS.TEST[0])[:num_images]:
-        image = read_image(record["file_name"])
-        detections = draw_detections(image, predictor(image), names, SCORE_THRESHOLD)
-        pairs.append((draw_annotations(image, record, names), detections))
+    pairs = [
+        draw_beside_truth(record, predictor(record["file_name"]), predictor.class_names, SCORE_THRESHOLD)
+        for record in DatasetCatalog.get(predictor.cfg.DATASETS.TEST[0])[:num_images]
+    ]
     path = output / "predictions.png"
     Image.fromarray(draw_pairs(pairs)).save(path)
     return path
@@ -69,10 +66,13 @@ Box AP on digits_val: {ap:.1f}, after {minutes:.1f} minutes of training and eval
 
 Next:
   {sys.executable} train_net.py --config-file {CONFIG} --eval-only MODEL.WEIGHTS {output}/model_final.pth
+  tools/predict.py --weights {output}/model_final.pth --input IMAGE_OR_FOLDER --output predictions
+  tools/visualize_attention.py --weights {output}/model_final.pth --input IMAGE --output attention
+  tools/report.py --input {output} --output {output}/report.html
   tensorboard --logdir {output}
   README.md: training on COCO and on your own data"""
     )
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

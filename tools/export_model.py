@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Export a trained model to ONNX or torch.export: plain operations, any batch, any image size.
+"""Export a trained model to ONNX or torch.export: plain operations, any batch, any image of 64 pixels a side or more.
 
     tools/export_model.py --weights output/demo/model_final.pth --output model.onnx
     tools/export_model.py --weights output/demo/model_final.pth --output model.pt2
@@ -12,11 +12,12 @@ already resized; its outputs are ``boxes`` (batch, N, 4) as (x0, y0, x1, y1) in 
 """
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import add_model_arguments, load_predictor, run
+from common import add_model_arguments, load_predictor, output_file, run
 from run_exported import open_model
 
 from samdetr.errors import UserError
@@ -34,9 +35,9 @@ def largest_difference(predictor: Predictor, path: Path, size: tuple[int, int], 
     # Where scores are equal up to rounding, their order is free: compare what has no neighbour that close.
     gaps = np.abs(np.diff(scores, axis=1))
     apart = np.minimum(np.pad(gaps, ((0, 0), (1, 0)), constant_values=1), np.pad(gaps, ((0, 0), (0, 1)))) > 1e-6
-    if (found["classes"] != classes)[apart].any():
+    if not apart.any() or (found["classes"] != classes)[apart].any():
         return float("inf")
-    return max(difference, float(np.abs(found["boxes"] - boxes)[apart].max(initial=0)))
+    return max(difference, float(np.abs(found["boxes"] - boxes)[apart].max()))
 
 
 def main() -> None:
@@ -48,23 +49,36 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     arguments.device = "cpu"
-    path = Path(arguments.output)
+    path = output_file(arguments.output, (".onnx", ".pt2"))
     if path.exists():
         raise UserError(f"--output {path} exists already: remove it or name another file.")
+    if path.suffix == ".onnx":
+        require("onnx", "onnxscript", "onnxruntime")
     predictor = load_predictor(arguments)
-    export(predictor, path, tuple(arguments.size))
-    divisor = max(32, predictor.model.backbone.size_divisibility)
-    height, width = (-(-side // divisor) * divisor for side in arguments.size)
+    unchecked = path.with_name(f"{path.stem}.unchecked{path.suffix}")
+    export(predictor, unchecked, tuple(arguments.size))
     torch.manual_seed(0)
-    for number, size in enumerate(
-        ((width, height), (height - divisor, width + divisor), (2 * divisor, 3 * divisor)), 1
-    ):
-        difference = largest_difference(predictor, path, size, batch=number)
+    for number, size in enumerate(other_sizes(tuple(arguments.size), predictor.model.backbone.size_divisibility), 1):
+        difference = largest_difference(predictor, unchecked, size, batch=number)
         print(f"{number} x {size[0]} x {size[1]}: largest difference from the model {difference:.1e}")
         if difference > 1e-4:
-            path.rename(path.with_name(f"{path.name}.wrong"))
-            raise UserError(f"{path} differs from the model by more than 1e-4: kept as {path.name}.wrong.")
+            raise UserError(f"{unchecked} differs from the model by more than 1e-4; it is kept under that name.")
+    unchecked.rename(path)
     print(f"{path}: {path.stat().st_size / 2**20:.0f} MiB")
+
+
+def require(*packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise UserError(f"Exporting to ONNX needs: pip install {' '.join(missing)}")
+
+
+def other_sizes(size: tuple[int, int], divisibility: int) -> list[tuple[int, int]]:
+    """Three sizes other than the one that is traced: smaller, larger, and of another orientation."""
+    divisor = max(32, divisibility)
+    height, width = (-(-side // divisor) * divisor for side in size)
+    smaller = max(2 * divisor, height // 2 // divisor * divisor)
+    return [(smaller, width + divisor), (height + divisor, width + 2 * divisor), (width + 3 * divisor, height)]
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main() -> None:
     )
     run([*pip, "setuptools<82", "wheel", "ninja"], index)
     if not (has_module("torch") and has_module("torchvision")):
-        run([*pip, "torch>=2.4", "torchvision"], index)
+        run([*pip, "torch>=2.6", "torchvision"], index)
     if not has_module("detectron2"):
         check_compiler()
     run(

@@ -24,7 +24,7 @@ QUERIES = "MODEL.SAMDETR.NUM_QUERIES"
 
 def make_variants(arguments: argparse.Namespace) -> dict[str, list[tuple[float, dict]]]:
     """For each quantity, its values and the variants that have them."""
-    pixels = [round(size / 32) * 32 for size in arguments.sizes]
+    pixels = sorted({max(32, round(size / 32) * 32) for size in arguments.sizes})
     words = {
         "image side": [(side, f"size={side}x{side}") for side in pixels],
         "queries": [(number, f"{QUERIES} {number}") for number in arguments.queries],
@@ -51,7 +51,9 @@ def draw(path: str, growth: dict[str, list[dict]], title: str) -> None:
     lines = (("seconds", "time", "o-"), ("mebibytes", "peak memory", "s-"), ("multiply_adds", "multiply-adds", "k--"))
     for axis, (quantity, points) in zip(axes, growth.items()):
         for key, label, style in lines:
-            axis.plot([p["value"] for p in points], [p[key] / points[0][key] for p in points], style, label=label)
+            axis.plot(
+                [p["value"] for p in points], [p[key] / max(points[0][key], 1e-9) for p in points], style, label=label
+            )
         axis.set_xlabel({"image side": "image side (pixels)", "boxes": "boxes an image"}.get(quantity, quantity))
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
@@ -89,9 +91,9 @@ def main() -> None:
         for quantity, values in variants.items()
     }
     print_tables(results)
-    draw(arguments.plot, growth, f"{Path(arguments.config_file).stem}, {arguments.task}")
     if arguments.output:
         write_json(arguments.output, results, arguments)
+    draw(arguments.plot, growth, f"{Path(arguments.config_file).stem}, {arguments.task}")
 
 
 if __name__ == "__main__":

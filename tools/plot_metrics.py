@@ -11,7 +11,7 @@
 import argparse
 from pathlib import Path
 
-from common import run
+from common import output_file, run
 
 from samdetr.errors import UserError
 from samdetr.visualization import draw_curves, published_names, read_metrics
@@ -26,9 +26,7 @@ def main() -> None:
     )
     parser.add_argument("--output", required=True, help="PNG, SVG or PDF file")
     arguments = parser.parse_args()
-    output = Path(arguments.output)
-    if output.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--output {output}: name a file that ends in .png, .svg or .pdf.")
+    output = output_file(arguments.output, (".png", ".svg", ".pdf"))
     paths = [Path(path) for path in arguments.input]
     names = arguments.names or [str(path if path.is_dir() else path.parent) for path in paths]
     if len(names) != len(paths):
@@ -37,7 +35,6 @@ def main() -> None:
         raise UserError(f"The runs need different names: {', '.join(names)}. Use --names.")
     runs = {name: read_metrics(path) for name, path in zip(names, paths)}
     figure = draw_curves(runs, arguments.published)
-    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     print(f"{output}: {', '.join(names)}")
 

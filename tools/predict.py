@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Detect objects in images, folders of images, and videos; draw them, and write them down in COCO's format.
 
-    tools/predict.py --weights output/demo/model_final.pth --input datasets/digits/val --output output/predictions
+    tools/predict.py --weights output/demo/model_final.pth --input datasets/samdetr_digits_v1/val --output output/predictions
     tools/predict.py --weights model_final.pth --input street.jpg holiday/ film.mp4 --output predictions
     tools/predict.py --weights converted.pth --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --input street.jpg \\
         --output predictions
@@ -9,8 +9,8 @@
 The output folder gets a drawing of every input under its own name, and predictions.json, a list in the format of COCO's
 results: every detection, below the threshold too, with ``image_id`` (the file's number if all files are named by numbers,
 else 1, 2, ... in the order of the inputs), ``file_name``, ``category_id`` (the training dataset's own id), ``bbox`` (x, y,
-width, height in pixels), ``score``, and for videos ``frame``. A file that cannot be read is reported, the others are
-done all the same, and the exit status is 1.
+width, height in pixels), ``score``, and for videos ``frame``; of videos, only what is above the threshold. A file that
+cannot be read is reported, the others are done all the same, and the exit status is 1.
 """
 
 import argparse
@@ -26,7 +26,9 @@ from common import (
     SCORE_THRESHOLD,
     VIDEO_SUFFIXES,
     add_model_arguments,
+    drawing_names,
     load_predictor,
+    output_folder,
     run,
 )
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -37,22 +39,6 @@ from tqdm import tqdm
 from samdetr.errors import UserError
 from samdetr.predictor import Predictor, list_images, read_image
 from samdetr.visualization import draw_detections
-
-
-def output_names(files: list[Path], inputs: list[str]) -> dict[Path, Path]:
-    """Where each file's drawing goes: its path below the folder that was named, made unique."""
-    folders = [Path(path) for path in inputs if Path(path).is_dir()]
-    taken: set[Path] = set()
-    names = {}
-    for file in files:
-        below = next((file.relative_to(folder) for folder in folders if file.is_relative_to(folder)), Path(file.name))
-        name, number = below, 1
-        while name in taken:
-            number += 1
-            name = below.with_name(f"{below.stem}-{number}{below.suffix}")
-        taken.add(name)
-        names[file] = name
-    return names
 
 
 def image_ids(files: list[Path]) -> dict[Path, int]:
@@ -89,11 +75,8 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
 class VideoWriter:
     """Writes frames to an MP4 file of the source's rate; the first frame decides the size."""
 
-    def __init__(self, path: Path, source: Path):
-        capture = cv2.VideoCapture(str(source))
-        self.rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
-        capture.release()
-        self.path = path
+    def __init__(self, path: Path, rate: float):
+        self.path, self.rate = path, rate
         self.writer = None
 
     def write(self, picture: np.ndarray) -> None:
@@ -101,6 +84,8 @@ class VideoWriter:
         if self.writer is None:
             fourcc = cv2.VideoWriter_fourcc(*"mp4v")
             self.writer = cv2.VideoWriter(str(self.path), fourcc, self.rate, (width, height))
+            if not self.writer.isOpened():
+                raise UserError(f"{self.path} cannot be written as a video.")
         self.writer.write(cv2.cvtColor(np.ascontiguousarray(picture[:height, :width]), cv2.COLOR_RGB2BGR))
 
     def close(self) -> None:
@@ -108,17 +93,22 @@ class VideoWriter:
             self.writer.release()
 
 
+def drawing_suffix(file: Path) -> str:
+    if file.suffix.lower() in VIDEO_SUFFIXES:
+        return ".mp4"
+    return ".png" if file.suffix.lower() == ".png" else ".jpg"
+
+
 class Prediction:
     """Goes through the inputs and keeps what was found."""
 
-    def __init__(self, predictor: Predictor, arguments: argparse.Namespace):
+    def __init__(self, predictor: Predictor, files: list[Path], names: dict[Path, Path], arguments: argparse.Namespace):
         self.predictor = predictor
+        self.names = names
         self.threshold = arguments.score_threshold
         self.draw = not arguments.no_drawings
         self.batch_size = arguments.batch_size
         self.folder = Path(arguments.output)
-        files = list_images(arguments.input, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
-        self.names = output_names(files, arguments.input)
         self.ids = image_ids(files)
         self.images = [file for file in files if file.suffix.lower() not in VIDEO_SUFFIXES]
         self.videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
@@ -128,50 +118,88 @@ class Prediction:
     def run(self) -> None:
         progress = tqdm(total=len(self.images), unit="image", disable=not self.images)
         for start in range(0, len(self.images), self.batch_size):
-            batch = {}
-            for file in self.images[start : start + self.batch_size]:
-                try:
-                    batch[file] = read_image(file)
-                except UserError as error:
-                    self.report(error)
-            found = self.predictor(batch.values(), self.batch_size)
-            for (file, image), instances in zip(batch.items(), found):
-                self.detections += as_coco(instances, self.predictor, self.ids[file], file_name=str(file))
-                if self.draw:
-                    path = self.folder / self.names[file].with_suffix(".png" if file.suffix == ".png" else ".jpg")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    drawing = draw_detections(image, instances, self.predictor.class_names, self.threshold)
-                    Image.fromarray(drawing).save(path)
-            progress.update(min(self.batch_size, len(self.images) - start))
+            files = self.images[start : start + self.batch_size]
+            self.run_images(files)
+            progress.update(len(files))
         progress.close()
         for file in self.videos:
             try:
                 self.run_video(file)
-            except UserError as error:
-                self.report(error)
+            except Exception as error:  # one bad file does not stop the others
+                self.report(file, error)
+
+    def run_images(self, files: list[Path]) -> None:
+        """Detect in a batch; if that fails, in each image alone, so that only the bad ones are left out."""
+        try:
+            images = [read_image(file) for file in files]
+            found = self.predictor(images, self.batch_size)
+        except Exception as error:
+            if len(files) == 1:
+                self.report(files[0], error)
+                return
+            for file in files:
+                self.run_images([file])
+            return
+        for file, image, instances in zip(files, images, found):
+            self.detections += as_coco(instances, self.predictor, self.ids[file], file_name=str(file))
+            if self.draw:
+                path = self.folder / self.names[file]
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    drawing = draw_detections(image, instances, self.predictor.class_names, self.threshold)
+                    Image.fromarray(drawing).save(path)
+                except Exception as error:
+                    self.report(file, error)
 
     def run_video(self, file: Path) -> None:
-        path = self.folder / self.names[file].with_suffix(".mp4")
+        path = self.folder / self.names[file]
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer = VideoWriter(path, file)
+        capture = cv2.VideoCapture(str(file))
+        expected, rate = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
+        capture.release()
+        writer = VideoWriter(path, rate or 25.0)
+        number = 0
         try:
-            for number, frame in enumerate(tqdm(read_frames(file), desc=file.name, unit="frame")):
+            for frame in tqdm(read_frames(file), desc=file.name, total=max(0, int(expected)) or None, unit="frame"):
                 instances = self.predictor(frame)
-                entries = as_coco(instances, self.predictor, self.ids[file], file_name=str(file), frame=number)
-                self.detections += entries
+                confident = instances[instances.scores >= self.threshold]
+                extra = {"file_name": str(file), "frame": number}
+                self.detections += as_coco(confident, self.predictor, self.ids[file], **extra)
                 if self.draw:
-                    writer.write(draw_detections(frame, instances, self.predictor.class_names, self.threshold))
+                    writer.write(draw_detections(frame, confident, self.predictor.class_names))
+                number += 1
         finally:
             writer.close()
+        if number < expected - 1:  # some containers count one too many
+            raise UserError(
+                f"{file} breaks off after frame {number} of {expected:.0f}; the frames until there are done."
+            )
 
-    def report(self, error: UserError) -> None:
-        tqdm.write(f"error: {error}", file=sys.stderr)
-        self.failed.append(str(error))
+    def report(self, file: Path, error: Exception) -> None:
+        text = str(error) if isinstance(error, UserError) else f"{file}: {type(error).__name__}: {error}"
+        tqdm.write(f"error: {text}", file=sys.stderr)
+        self.failed.append(str(file))
 
     def save(self) -> Path:
         path = self.folder / "predictions.json"
         path.write_text(json.dumps(self.detections))
         return path
+
+
+def files_and_names(arguments: argparse.Namespace, folder: Path) -> tuple[list[Path], dict[Path, Path]]:
+    """The files to predict in, and the names of their drawings, none of which is an input."""
+    files = list_images(arguments.input, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+    named = {Path(path).resolve() for path in arguments.input}
+    if folder.resolve() not in named:  # earlier drawings below an input folder are no inputs
+        files = [
+            file for file in files if file.resolve() in named or not file.resolve().is_relative_to(folder.resolve())
+        ]
+    names = drawing_names(files, arguments.input, drawing_suffix)
+    inputs = {file.resolve() for file in files}
+    for name in names.values():
+        if (folder / name).resolve() in inputs and not arguments.no_drawings:
+            raise UserError(f"--output {folder} would overwrite the input {folder / name}: name another folder.")
+    return files, names
 
 
 def main() -> int:
@@ -185,10 +213,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}: it must be 1 or more.")
-    if Path(arguments.output).is_file():
-        raise UserError(f"--output {arguments.output} is a file; name a folder.")
-    prediction = Prediction(load_predictor(arguments), arguments)
-    prediction.folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(arguments.output)
+    files, names = files_and_names(arguments, folder)
+    prediction = Prediction(load_predictor(arguments), files, names, arguments)
     try:
         prediction.run()
     finally:  # also when it is interrupted: what was found is written
@@ -197,7 +224,7 @@ def main() -> int:
     done = len(prediction.images) + len(prediction.videos) - len(prediction.failed)
     print(f"{done} files, {confident} detections with a score of {arguments.score_threshold} or more: {path}")
     if prediction.failed:
-        print(f"{len(prediction.failed)} files could not be read, see above.", file=sys.stderr)
+        print(f"{len(prediction.failed)} files could not be done, see above.", file=sys.stderr)
     return 1 if prediction.failed else 0
 
 

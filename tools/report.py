@@ -4,8 +4,8 @@
     tools/report.py --input output/demo --output output/demo/report.html
     tools/report.py --input output/demo --weights output/demo/model_best.pth --max-images 500 --output report.html
 
-It evaluates the checkpoint (by default the run's model_final.pth) on the run's DATASETS.TEST. The best and worst images are
-told by F1 at IoU 0.5, counting detections above --score-threshold.
+It evaluates the checkpoint (by default the run's model_final.pth) on the first of the run's DATASETS.TEST. The best and
+worst images are told by F1 at IoU 0.5, counting detections above --score-threshold.
 """
 
 import argparse
@@ -19,23 +19,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import SCORE_THRESHOLD, add_model_arguments, load_predictor, run
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets.coco import convert_to_coco_dict
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from common import SCORE_THRESHOLD, add_model_arguments, load_predictor, output_file, run
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from detectron2.utils.collect_env import collect_env_info
 from matplotlib.figure import Figure
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from samdetr.checks import check_config
 from samdetr.data import build_test_loader, register_coco_format
 from samdetr.errors import UserError
-from samdetr.predictor import Predictor, read_image
-from samdetr.visualization import draw_annotations, draw_curves, draw_detections, draw_pairs, read_metrics
+from samdetr.layers import autocast
+from samdetr.predictor import Predictor
+from samdetr.visualization import draw_beside_truth, draw_curves, draw_pairs, read_metrics
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
@@ -55,72 +53,55 @@ class Evaluation:
     """COCO's evaluation of the detections, and what each image got.
 
     Attributes:
-        stats: AP, AP50, AP75, APs, APm, APl in percent; NaN where there are no such boxes.
-        class_ap: AP in percent by class index; NaN for a class without boxes.
+        results: detectron2's, in percent: "AP", "AP50", ..., "APl", and "AP-NAME" of every class.
         precision: (T, R), by IoU threshold and recall, mean over classes.
         quality: F1 of each image id, in [0, 1].
     """
 
-    stats: dict[str, float]
-    class_ap: list[float]
+    results: dict[str, float]
     precision: np.ndarray
     quality: dict[int, float]
 
 
-def detect(predictor: Predictor, name: str, max_images: int | None) -> tuple[list[dict], dict[int, Instances]]:
-    """Records of the dataset, and the detections by image id."""
+class KeepingEvaluator(COCOEvaluator):
+    """detectron2's, which keeps the precisions, too."""
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        self.coco_eval = coco_eval
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+
+def evaluate(
+    predictor: Predictor, name: str, max_images: int | None, threshold: float
+) -> tuple[list[dict], dict[int, Instances], Evaluation]:
+    """Evaluate as ``--eval-only`` does.
+
+    Returns:
+        The dataset's records, the detections by image id, and the evaluation.
+    """
     records = DatasetCatalog.get(name)[:max_images]
     wanted, found = {record["image_id"] for record in records}, {}
-    loader = build_test_loader(predictor.cfg, name)
+    evaluator = KeepingEvaluator(name, tasks=("bbox",), output_dir=None)
+    evaluator.reset()
     progress = tqdm(total=len(records), unit="image")
-    for batch in loader:
+    for batch in build_test_loader(predictor.cfg, name):
         if len(found) == len(wanted):
             break
-        with torch.no_grad():
+        with torch.no_grad(), autocast(predictor.cfg, predictor.model.device):
             outputs = predictor.model(batch)
-        for inputs, output in zip(batch, outputs):
-            if inputs["image_id"] in wanted:
-                found[inputs["image_id"]] = output["instances"].to("cpu")
-                progress.update()
+        pairs = [(i, o) for i, o in zip(batch, outputs) if i["image_id"] in wanted]
+        evaluator.process(*([part[i] for part in pairs] for i in (0, 1)))
+        found |= {inputs["image_id"]: output["instances"].to("cpu") for inputs, output in pairs}
+        progress.update(len(pairs))
     progress.close()
-    return records, found
-
-
-def evaluate(name: str, records: list[dict], found: dict[int, Instances], threshold: float) -> Evaluation:
-    """Evaluate as detectron2's COCOEvaluator does, keeping the precisions."""
-    metadata = MetadataCatalog.get(name)
-    truth = COCO()
-    truth.dataset = convert_to_coco_dict(name)
-    truth.createIndex()
-    to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-    to_dataset = {contiguous: dataset for dataset, contiguous in to_contiguous.items()}
-    results = [entry for image_id, instances in found.items() for entry in instances_to_coco_json(instances, image_id)]
-    for entry in results:
-        entry["category_id"] = to_dataset.get(entry["category_id"], entry["category_id"])
-    if not results:
+    if not any(len(instances) for instances in found.values()):
         raise UserError("The model detects nothing at all: is it trained?")
-    evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-    evaluation.params.imgIds = sorted(found)
-    evaluation.evaluate()
-    evaluation.accumulate()
-    precision = evaluation.eval["precision"]  # (T, R, K, areas, numbers of detections); -1: no box
-    precision = np.where(precision < 0, np.nan, precision)
-
-    def mean(values: np.ndarray) -> float:
-        return float(100 * np.nanmean(values)) if np.isfinite(values).any() else math.nan
-
-    everything = precision[..., 0, -1]
-    stats = {"AP": mean(everything), "AP50": mean(everything[0]), "AP75": mean(everything[5])}
-    stats |= {f"AP{size}": mean(precision[..., area, -1]) for area, size in ((1, "s"), (2, "m"), (3, "l"))}
-    with np.errstate(all="ignore"):
-        by_recall = np.nanmean(everything, axis=2) if np.isfinite(everything).any() else everything[..., 0]
-    order = {category: i for i, category in enumerate(evaluation.params.catIds)}
-    class_ap = [
-        mean(everything[:, :, order[to_dataset.get(i, i)]]) if to_dataset.get(i, i) in order else math.nan
-        for i in range(len(metadata.thing_classes))
-    ]
+    results = evaluator.evaluate(img_ids=sorted(wanted))["bbox"]
+    precision = evaluator.coco_eval.eval["precision"][..., 0, -1]  # (T, R, K); -1: a class without boxes
+    has_boxes = (precision >= 0).all((0, 1))
+    by_recall = precision[..., has_boxes].mean(-1) if has_boxes.any() else np.zeros(precision.shape[:2])
     quality = {record["image_id"]: f1(record, found[record["image_id"]], threshold) for record in records}
-    return Evaluation(stats, class_ap, by_recall, quality)
+    return records, found, Evaluation(results, by_recall, quality)
 
 
 def f1(record: dict, instances: Instances, threshold: float) -> float:
@@ -182,7 +163,8 @@ def class_table(names: list[str], evaluation: Evaluation, records: list[dict]) -
     for record in records:
         for annotation in record.get("annotations", []):
             counts[annotation["category_id"]] += 1
-    rows = sorted(zip(names, counts, evaluation.class_ap), key=lambda row: -1 if math.isnan(row[2]) else -row[2])
+    class_ap = [evaluation.results.get(f"AP-{name}", math.nan) for name in names]
+    rows = sorted(zip(names, counts, class_ap), key=lambda row: -1 if math.isnan(row[2]) else -row[2])
     body = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{count}</td><td>{percent(ap)}</td>"
         f'<td class="bar"><i style="width:{0 if math.isnan(ap) else ap:.1f}%"></i></td></tr>'
@@ -192,22 +174,18 @@ def class_table(names: list[str], evaluation: Evaluation, records: list[dict]) -
 
 
 def images(records: list[dict], found: dict[int, Instances], names: list[str], threshold: float) -> str:
-    pairs = []
-    for record in records:
-        image = read_image(record["file_name"])
-        detections = draw_detections(image, found[record["image_id"]], names, threshold)
-        pairs.append((draw_annotations(image, record, names), detections))
+    pairs = [draw_beside_truth(record, found[record["image_id"]], names, threshold) for record in records]
     return picture(draw_pairs(pairs, columns=2))
 
 
 def write_page(arguments: argparse.Namespace, predictor: Predictor, weights: Path) -> str:
     """The page's HTML."""
     name = predictor.cfg.DATASETS.TEST[0]
-    records, found = detect(predictor, name, arguments.max_images)
-    evaluation = evaluate(name, records, found, arguments.score_threshold)
+    records, found, evaluation = evaluate(predictor, name, arguments.max_images, arguments.score_threshold)
+    stats = {key: evaluation.results[key] for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
     names = predictor.class_names
     ranked = sorted(records, key=lambda record: evaluation.quality[record["image_id"]])
-    number = min(arguments.num_examples, len(ranked) // 2)
+    number = min(arguments.num_examples, -(-len(ranked) // 2))
     worst, best = ranked[:number], ranked[::-1][:number]
     metrics = Path(arguments.input) / "metrics.json"
     curves = drawing(draw_curves({"this run": read_metrics(metrics)})) if metrics.exists() else "No metrics.json."
@@ -215,7 +193,7 @@ def write_page(arguments: argparse.Namespace, predictor: Predictor, weights: Pat
     title = html.escape(str(arguments.input))
     sections = [
         f"<h1>{title}</h1><p class=quiet>{html.escape(str(weights))} on {len(records)} images of {html.escape(name)}, "
-        f"{time.strftime('%Y-%m-%d %H:%M')}</p><div class=numbers>{number_boxes(evaluation.stats)}"
+        f"{time.strftime('%Y-%m-%d %H:%M')}</p><div class=numbers>{number_boxes(stats)}"
         f'<div class="number">F1 at {arguments.score_threshold}<b>{100 * quality:.1f}</b></div></div>',
         f"<h2>Training</h2>{curves}",
         f"<h2>Precision and recall</h2>{drawing(precision_recall(evaluation))}",
@@ -241,6 +219,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not Path(arguments.input).is_dir():
         raise UserError(f"--input {arguments.input}: there is no such folder; name a run's OUTPUT_DIR.")
+    if arguments.num_examples < 1 or (arguments.max_images or 1) < 1:
+        raise UserError("--num-examples and --max-images must be 1 or more.")
+    output = output_file(arguments.output, (".html",))
     weights = Path(arguments.weights or Path(arguments.input) / "model_final.pth")
     if not weights.exists():
         raise UserError(f"{weights}: there is no such file; name a checkpoint with --weights.")
@@ -248,8 +229,6 @@ def main() -> None:
     register_coco_format(predictor.cfg)
     check_config(predictor.cfg, training=False)
     page = write_page(arguments, predictor, weights)
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page)
     print(f"{output}: {len(page) / 2**20:.1f} MiB")
 

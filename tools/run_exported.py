@@ -23,8 +23,8 @@ def open_model(path: Path) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]
 
         session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
         names = [output.name for output in session.get_outputs()]
-        description = json.loads(session.get_modelmeta().custom_metadata_map["samdetr"])
-        return lambda images: dict(zip(names, session.run(names, {"images": images}))), description
+        description = session.get_modelmeta().custom_metadata_map["samdetr"]
+        return lambda images: dict(zip(names, session.run(names, {"images": images}))), json.loads(description)
     import torch
 
     extra = {"samdetr.json": ""}
@@ -39,12 +39,13 @@ def open_model(path: Path) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]
 
 
 def prepare(image: Image.Image, description: dict) -> np.ndarray:
-    """Resize as in training, and lay out as (1, 3, H, W)."""
+    """Resize to the size of evaluation, rounded to what the model takes, and lay out as (1, 3, H, W)."""
     width, height = image.size
     scale = description["shortest_side"] / min(width, height)
     scale = min(scale, description["longest_side"] / max(width, height))
     divisor = max(1, description["size_divisibility"])
-    size = [max(divisor, round(side * scale / divisor) * divisor) for side in (width, height)]
+    smallest = -(-description["smallest_side"] // divisor) * divisor
+    size = [max(smallest, round(side * scale / divisor) * divisor) for side in (width, height)]
     pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
     if description["channel_order"] == "BGR":
         pixels = pixels[..., ::-1]
@@ -58,14 +59,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="image with the detections drawn")
     parser.add_argument("--score-threshold", type=float, default=0.3)
     arguments = parser.parse_args()
-    for path in (arguments.model, arguments.input):
+    if arguments.model.suffix not in (".onnx", ".pt2"):
+        sys.exit(f"error: --model {arguments.model}: name a file of tools/export_model.py, .onnx or .pt2.")
+    for option, path in (("--model", arguments.model), ("--input", arguments.input)):
         if not path.is_file():
-            sys.exit(f"error: {path}: there is no such file.")
+            sys.exit(f"error: {option} {path}: there is no such file.")
+    if arguments.output.suffix.lower() not in Image.registered_extensions():
+        sys.exit(f"error: --output {arguments.output}: name an image file, such as detections.png.")
     try:
         image = ImageOps.exif_transpose(Image.open(arguments.input)).convert("RGB")
-    except OSError as error:
-        sys.exit(f"error: {arguments.input} is not an image that can be read ({error}).")
-    model, description = open_model(arguments.model)
+    except Exception as error:  # Pillow's errors for damaged files have no common base
+        sys.exit(f"error: --input {arguments.input} is not an image that can be read ({error}).")
+    try:
+        model, description = open_model(arguments.model)
+    except ImportError as error:
+        sys.exit(f"error: {error}: install it, for example pip install onnxruntime.")
+    except Exception as error:  # the two runtimes' errors have no common base
+        sys.exit(f"error: --model {arguments.model} is no file of tools/export_model.py ({type(error).__name__}).")
     found = model(prepare(image, description))
     drawing = ImageDraw.Draw(image)
     for box, score, label in zip(found["boxes"][0], found["scores"][0], found["classes"][0]):

@@ -13,16 +13,15 @@ import argparse
 
 import numpy as np
 import torch
-from common import run
-from detectron2.config import get_cfg
+from common import output_file, run
 from detectron2.data import MetadataCatalog
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-import samdetr
 from samdetr.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from samdetr.checks import check_config, merge_options
 from samdetr.data import build_train_loader, register_coco_format
+from samdetr.data.sampling import UnreadableImageError
 from samdetr.errors import UserError
 from samdetr.predictor import config_of
 from samdetr.query_generator import DenoisingQueryGenerator, build_query_generator
@@ -30,14 +29,10 @@ from samdetr.structures import ImageTarget
 
 
 def read_config(arguments: argparse.Namespace):
-    if (arguments.config_file is None) == (arguments.weights is None):
-        raise UserError("Name either --config-file or --weights.")
-    if arguments.weights:
-        cfg = config_of(arguments.weights)
-    else:
-        cfg = get_cfg()
-        samdetr.add_samdetr_config(cfg)
-        merge_options(cfg, arguments.config_file, [])
+    source = arguments.config_file or arguments.weights
+    if source is None:
+        raise UserError("Name --config-file, or --weights of a checkpoint that carries its config.")
+    cfg = config_of(source)
     merge_options(cfg, "", [*arguments.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
     cfg.DATALOADER.NUM_WORKERS = 0
     check_config(cfg, training=True)
@@ -100,16 +95,20 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.num_images < 1:
         raise UserError(f"--num-images is {arguments.num_images}: it must be 1 or more.")
+    output = output_file(arguments.output, (".png", ".svg", ".pdf"))
     cfg = read_config(arguments)
     torch.manual_seed(max(cfg.SEED, 0))
     batch: list[dict] = []
-    for inputs in build_train_loader(cfg):
-        batch += inputs
-        if len(batch) >= arguments.num_images:
-            break
+    try:
+        for inputs in build_train_loader(cfg):
+            batch += inputs
+            if len(batch) >= arguments.num_images:
+                break
+    except UnreadableImageError as error:
+        raise UserError(f"{error} tools/check_dataset.py lists every such image.") from error
     figure = draw(batch[: arguments.num_images], cfg)
-    figure.savefig(arguments.output, dpi=90)
-    print(f"{arguments.output}: {arguments.num_images} images of {', '.join(cfg.DATASETS.TRAIN)}")
+    figure.savefig(output, dpi=90)
+    print(f"{output}: {arguments.num_images} images of {', '.join(cfg.DATASETS.TRAIN)}")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,16 @@ The other COCO models use detectron2's own ``build_resnet_backbone``. All of the
 into the convolutions and their features in channels-last order.
 """
 
-import contextlib
-
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet, build_resnet_backbone
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .errors import UserError
-from .layers import is_tracing
+from .layers import is_tracing, to_autocast_dtype
 
 __all__ = ["FoldedConv2d", "build_mini_resnet_backbone", "build_resnet_dc5_backbone", "optimize_backbone"]
 
@@ -28,28 +27,47 @@ class FoldedConv2d(Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, H', W'): convolution, norm, activation."""
         norm = self.norm
+        if not isinstance(norm, FrozenBatchNorm2d):  # it has been replaced
+            return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
         if self.bias is not None:
             shift = shift + self.bias * scale
-        scale = scale.view(-1, 1, 1, 1)
-        weight = self.weight * scale
-        recomputed = contextlib.nullcontext() if is_tracing() else self._recomputed(weight, scale)
-        with recomputed:
-            x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+        arguments = (self.stride, self.padding, self.dilation, self.groups)
+        if is_tracing():
+            x = F.conv2d(x, self.weight * scale.view(-1, 1, 1, 1), shift, *arguments)
+        else:
+            x = _ScaledConv2d.apply(to_autocast_dtype(x), self.weight, scale, shift, *arguments)
         return x if self.activation is None else self.activation(x)
 
-    def _recomputed(self, weight: Tensor, scale: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
-        """Scale the weights again in the backward pass, so that there is no second copy of them all in between."""
-        address = weight.data_ptr()  # not the tensor, since autograd keeps these functions
 
-        def pack(saved: Tensor) -> Tensor | None:
-            return None if saved.data_ptr() == address else saved
+class _ScaledConv2d(torch.autograd.Function):
+    """Convolution with scaled weights, which the backward pass scales again: no second copy of them in between."""
 
-        def unpack(saved: Tensor | None) -> Tensor:
-            return self.weight.detach() * scale if saved is None else saved
+    @staticmethod
+    def forward(ctx, x, weight, scale, shift, stride, padding, dilation, groups):
+        ctx.save_for_backward(x, weight, scale)
+        ctx.arguments = stride, padding, dilation, groups
+        weight = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
+        return F.conv2d(x, weight, shift.to(x.dtype), *ctx.arguments)
 
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight, scale = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.arguments
+        scale = scale.view(-1, 1, 1, 1)
+        needs_x, needs_weight, _, needs_shift, *_ = ctx.needs_input_grad
+        scaled = (weight * scale).to(x.dtype)
+        grad_x, grad_weight, grad_shift = torch.ops.aten.convolution_backward(
+            *(gradient, x, scaled, [len(weight)], stride, padding, dilation, False, [0, 0], groups),
+            [needs_x, needs_weight, needs_shift],
+        )
+        if needs_weight:
+            grad_weight = grad_weight.to(weight.dtype) * scale
+        if needs_shift:
+            grad_shift = grad_shift.to(weight.dtype)
+        return grad_x, grad_weight, None, grad_shift, None, None, None, None
 
 
 def optimize_backbone(backbone: nn.Module) -> nn.Module:

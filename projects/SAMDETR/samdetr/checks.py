@@ -22,7 +22,7 @@ from .errors import UserError
 from .query_generator import QUERY_GENERATOR_REGISTRY
 from .semantics_aligner import SEMANTICS_ALIGNER_REGISTRY
 
-__all__ = ["check_config", "check_loaded", "check_weights_file", "class_parameters", "merge_options"]
+__all__ = ["check_config", "check_loaded", "check_model", "check_weights_file", "class_parameters", "merge_options"]
 
 
 def _suggest(name: str, choices: Iterable[str]) -> str:
@@ -76,10 +76,7 @@ def check_config(cfg: CfgNode, *, training: bool, resuming: bool = False) -> Non
     Raises:
         UserError: naming the key, what was found, and what to do.
     """
-    _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
-    _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
-    if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
-        _check_model(cfg.MODEL.SAMDETR)
+    check_model(cfg)
     register_coco_format(cfg)
     _check_precision(cfg)
     if training:
@@ -95,6 +92,14 @@ def check_config(cfg: CfgNode, *, training: bool, resuming: bool = False) -> Non
     _check_same_classes([*train_names, *cfg.DATASETS.TEST])
     if not resuming:
         check_weights_file(cfg.MODEL.WEIGHTS)
+
+
+def check_model(cfg: CfgNode) -> None:
+    """Check the names and numbers that the model is built from; errors as of :func:`check_config`."""
+    _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
+    if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
+        _check_model(cfg.MODEL.SAMDETR)
 
 
 def _check_name(key: str, name: str, registry) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .errors import UserError
-from .layers import MLP, blocks, is_tracing, xavier_uniform_matrices_
+from .layers import MLP, accumulate_product_, blocks, is_tracing, xavier_uniform_matrices_, zeros_to_accumulate
 from .structures import AlignedQuery, FeatureLevel
 
 __all__ = ["CROSS_ATTENTION_REGISTRY", "CrossAttention", "SMCACrossAttention", "build_cross_attention"]
@@ -170,7 +170,7 @@ def attend(v: Tensor, q: Tensor, k: Tensor, padding_mask, bias_x, bias_y) -> Ten
 
 class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
-    def blocks(q, k, padding_mask, bias_x, bias_y):
+    def split(q, k, padding_mask, bias_x, bias_y):
         """(images, queries) of each block, with the arguments of :func:`attention_weights` for it."""
         batch, heads, queries, _ = q.shape
         for images, some in blocks(batch, queries, heads * k.shape[1], q.device):
@@ -181,7 +181,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, q, k, padding_mask, bias_x, bias_y):
         output = v.new_empty(*q.shape[:3], v.shape[-1])
-        for block, arguments in _BlockwiseAttention.blocks(q, k, padding_mask, bias_x, bias_y):
+        for block, arguments in _BlockwiseAttention.split(q, k, padding_mask, bias_x, bias_y):
             output[block] = attend_plain(v[block[0]], *arguments)
         ctx.save_for_backward(v, q, k, padding_mask, bias_x, bias_y, output)
         return output
@@ -190,12 +190,12 @@ class _BlockwiseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         v, q, k, padding_mask, bias_x, bias_y, output = ctx.saved_tensors
-        grad_v, grad_k = torch.zeros_like(v), torch.zeros_like(k)
+        grad_v, grad_k = zeros_to_accumulate(v), zeros_to_accumulate(k)
         grad_q = torch.empty_like(q)
         grad_x, grad_y = (None if part is None else torch.empty_like(part) for part in (bias_x, bias_y))
         # The softmax's backward pass needs the sum of weight times gradient, which is that of output times gradient.
         shares = (gradient.float() * output.float()).sum(-1, keepdim=True)
-        for block, arguments in _BlockwiseAttention.blocks(q, k, padding_mask, bias_x, bias_y):
+        for block, arguments in _BlockwiseAttention.split(q, k, padding_mask, bias_x, bias_y):
             images = block[0]
             weights, g = attention_weights(*arguments), gradient[block]
             grad_v[images] += weights.to(g.dtype).transpose(2, 3) @ g
@@ -206,5 +206,5 @@ class _BlockwiseAttention(torch.autograd.Function):
             grad_logits = grad_logits.to(q.dtype).flatten(1, 2)  # (B, M Q, N)
             block_q = arguments[0]
             grad_q[block] = (grad_logits @ k[images]).view(block_q.shape)
-            grad_k[images].baddbmm_(grad_logits.transpose(1, 2), block_q.flatten(1, 2))
-        return grad_v, grad_q, grad_k, None, grad_x, grad_y
+            accumulate_product_(grad_k[images], grad_logits.transpose(1, 2), block_q.flatten(1, 2))
+        return grad_v.to(v.dtype), grad_q, grad_k.to(k.dtype), None, grad_x, grad_y

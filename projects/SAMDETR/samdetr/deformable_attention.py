@@ -114,17 +114,18 @@ class _SparseSampling(torch.autograd.Function):
     """:func:`sampling_plain` as a product with :func:`sampling_matrix`, which the backward pass computes again."""
 
     @staticmethod
-    def blocks(locations: Tensor):
+    def split(locations: Tensor):
         """Images and queries of blocks so small that the matrix' intermediate results stay in the cache."""
         batch, queries, heads, levels, points, _ = locations.shape
-        return blocks(batch, queries, 16 * heads * levels * points, locations.device)
+        # Four corners of each point, and about four arrays of that size in use at a time.
+        return blocks(batch, queries, 4 * 4 * heads * levels * points, locations.device)
 
     @staticmethod
     def forward(ctx, value, level_sizes, locations, weights):
         ctx.save_for_backward(value, locations, weights)
         ctx.level_sizes = level_sizes
         output = value.new_empty(*locations.shape[:3], value.shape[-1])
-        for block in _SparseSampling.blocks(locations):
+        for block in _SparseSampling.split(locations):
             indices, shares = sampling_matrix(level_sizes, locations[block], weights[block])
             rows = value[block[0]].flatten(0, 2)
             output[block] = F.embedding_bag(indices, rows, per_sample_weights=shares, mode="sum").view_as(output[block])
@@ -135,9 +136,10 @@ class _SparseSampling(torch.autograd.Function):
     def backward(ctx, gradient):
         value, locations, weights = ctx.saved_tensors
         gradient = gradient.unflatten(-1, (-1, value.shape[-1]))  # (B, N, M, D)
-        grad_value, grad_locations, grad_weights = (torch.empty_like(x) for x in (value, locations, weights))
+        grad_value = torch.zeros_like(value)
+        grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
         matrix = []
-        for block in _SparseSampling.blocks(locations):
+        for block in _SparseSampling.split(locations):
             images, some = block
             with torch.enable_grad():
                 inputs = [x[block].detach().requires_grad_() for x in (locations, weights)]

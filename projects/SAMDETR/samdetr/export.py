@@ -1,5 +1,7 @@
-"""The model as a graph of plain operations, for ONNX and ``torch.export``: any batch, any image size."""
+"""The model as a graph of plain operations, for ONNX and ``torch.export``, for any batch and image size."""
 
+import copy
+import inspect
 import json
 from pathlib import Path
 
@@ -8,22 +10,22 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .inference import best_pairs
-from .meta_arch import SAMDETR
 from .predictor import Predictor
 
 __all__ = ["OUTPUT_NAMES", "ExportableModel", "describe", "export"]
 
 OUTPUT_NAMES = ("boxes", "scores", "classes")
+_SMALLEST_SIDE = 64  # of an image, in pixels
 
 
 class ExportableModel(nn.Module):
     """From a batch of equally large images to detections.
 
     Args:
-        model: in evaluation mode.
+        model: a SAMDETR in evaluation mode.
     """
 
-    def __init__(self, model: SAMDETR):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
@@ -52,13 +54,14 @@ def describe(predictor: Predictor) -> dict:
         "channel_order": cfg.INPUT.FORMAT,
         "shortest_side": cfg.INPUT.MIN_SIZE_TEST,
         "longest_side": cfg.INPUT.MAX_SIZE_TEST,
+        "smallest_side": _SMALLEST_SIDE,
         "size_divisibility": predictor.model.backbone.size_divisibility,
         "class_names": predictor.class_names,
     }
 
 
 def export(predictor: Predictor, path: str | Path, size: tuple[int, int] = (480, 640)) -> None:
-    """Write the model to a file that runs without this project, for any batch and any image size.
+    """Write the model to a file that runs without this project, for any batch and any image of at least 64 pixels a side.
 
     Args:
         predictor: the model; it is exported from the CPU, in float32.
@@ -67,22 +70,26 @@ def export(predictor: Predictor, path: str | Path, size: tuple[int, int] = (480,
         size: height and width of the image that the model is traced with.
 
     Raises:
-        UserError: the ending is neither, or a package that ONNX needs is missing.
+        UserError: the ending is neither, the size is too small, or a package that ONNX needs is missing.
     """
     path = Path(path)
+    if min(size) < _SMALLEST_SIDE:
+        raise UserError(f"--size {size[0]} {size[1]}: trace with an image of at least {_SMALLEST_SIDE} pixels a side.")
     if path.suffix not in (".onnx", ".pt2"):
         raise UserError(f"--output {path}: name a file that ends in .onnx (ONNX) or .pt2 (torch.export).")
     divisor = max(1, predictor.model.backbone.size_divisibility)
     height, width = (-(-side // divisor) * divisor for side in size)
-    model = ExportableModel(predictor.model).cpu().eval()
+    model = ExportableModel(copy.deepcopy(predictor.model).cpu().float()).eval()
     images = torch.zeros(2, 3, height, width)
-    smallest = max(2, 64 // divisor)
+    smallest = max(2, _SMALLEST_SIDE // divisor)
     batch = torch.export.Dim("batch", min=1)
     sides = [divisor * torch.export.Dim(name, min=smallest) for name in ("rows", "columns")]
     shapes = {"images": {0: batch, 2: sides[0], 3: sides[1]}}
     description = json.dumps(describe(predictor))
     with torch.no_grad():
         # Some shapes hold for every size without the tracer being able to prove it; then it asserts them at run time.
+        if "prefer_deferred_runtime_asserts_over_guards" not in inspect.signature(torch.export.export).parameters:
+            raise UserError(f"Exporting needs a newer torch than {torch.__version__} (2.15 is known to do).")
         program = torch.export.export(
             model,
             (images,),

@@ -1,13 +1,24 @@
 """Small building blocks shared by the encoder, the decoder and the heads."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["MLP", "FeedForward", "blocks", "is_tracing", "run_layer", "xavier_uniform_matrices_"]
+__all__ = [
+    "MLP",
+    "FeedForward",
+    "accumulate_product_",
+    "autocast",
+    "blocks",
+    "is_tracing",
+    "run_layer",
+    "to_autocast_dtype",
+    "xavier_uniform_matrices_",
+    "zeros_to_accumulate",
+]
 
 # Elements of the largest intermediate matrix of a block: on a CPU it stays in the cache, on a GPU it fills the cores.
 _BLOCK_ELEMENTS = {"cpu": 2**21}
@@ -34,6 +45,30 @@ def blocks(images: int, rows: int, row_elements: int, device: torch.device) -> I
             yield slice(image, image + images_a_block), slice(row, row + rows_a_block)
 
 
+def autocast(cfg, device: torch.device):
+    """The context of mixed precision by ``cfg.SOLVER.AMP``, for training and inference alike."""
+    return torch.autocast(device.type, dtype=getattr(torch, cfg.SOLVER.AMP.PRECISION), enabled=cfg.SOLVER.AMP.ENABLED)
+
+
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """``x`` in the precision that torch's own matrix products would use for it here."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def accumulate_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b, (B, I, J) and (B, J, K), to ``total``, which is float32 if they are of lower precision."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += a @ b
+
+
+def zeros_to_accumulate(like: Tensor) -> Tensor:
+    """Zeros in at least float32, since sums over many blocks lose what lower precision cannot hold."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
 def is_tracing() -> bool:
     """Whether the model is being traced, exported or compiled, and should show plain operations only."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
@@ -46,9 +81,9 @@ def xavier_uniform_matrices_(module: nn.Module) -> None:
             nn.init.xavier_uniform_(parameter)
 
 
-def run_layer(layer: nn.Module, *args, recompute: bool):
+def run_layer(layer: Callable, *args, recompute: bool):
     """Call a layer; with ``recompute`` its activations are not kept but computed again in the backward pass."""
-    if recompute and torch.is_grad_enabled():
+    if recompute and torch.is_grad_enabled() and not is_tracing():
         return checkpoint(layer, *args, use_reentrant=False)
     return layer(*args)
 

@@ -142,7 +142,8 @@ class HungarianMatcher:
         boxes = torch.cat([target.boxes for target in targets]).float()
         by_image_and_class = pred_logits.permute(1, 3, 0, 2)
         costs = pred_logits.new_empty(len(image), num_layers, num_queries, dtype=torch.float32)
-        for _, some in blocks(1, len(image), 32 * num_layers * num_queries, device):
+        # For each pair eight boxes' worth of intermediate results, of four numbers each.
+        for _, some in blocks(1, len(image), 8 * 4 * num_layers * num_queries, device):
             costs[some] = self.pair_costs(
                 by_image_and_class[image[some], labels[some]].float(),
                 pred_boxes.transpose(0, 1)[image[some]].float(),

@@ -218,7 +218,7 @@ class SAMDETR(nn.Module):
     def refuse_targets(self, batched_inputs: list[dict]) -> None:
         """Raise an error that names the image whose ground truth is unusable."""
         for inputs in batched_inputs:
-            labels, boxes = inputs["instances"].gt_classes, inputs["instances"].gt_boxes.tensor
+            labels, boxes = inputs["instances"].gt_classes, inputs["instances"].gt_boxes.tensor.float()
             if not boxes.isfinite().all():
                 raise UserError(f"{name_of(inputs)} has a box that is not finite: {boxes.tolist()}.")
             if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:

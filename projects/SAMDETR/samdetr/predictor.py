@@ -4,6 +4,7 @@ predictor = samdetr.load("model_final.pth")
 instances = predictor("street.jpg")
 """
 
+import contextlib
 import logging
 import os
 import zipfile
@@ -14,17 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from PIL import Image, ImageOps, UnidentifiedImageError
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 
 from .checkpoint import CheckedCheckpointer
-from .checks import check_weights_file, merge_options
+from .checks import check_model, check_weights_file, merge_options
 from .config import add_samdetr_config
+from .data import register_coco_format
 from .errors import UserError
+from .layers import autocast
 
 __all__ = ["ImageSource", "Predictor", "config_of", "list_images", "load", "read_image", "self_description"]
 
@@ -47,6 +51,8 @@ def self_description(cfg: CfgNode) -> dict[str, Any]:
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if len(cfg.DATASETS.TRAIN) else None
     names = metadata and metadata.get("thing_classes")
     ids = metadata and metadata.get("thing_dataset_id_to_contiguous_id")
+    if names and len(names) != cfg.MODEL.SAMDETR.NUM_CLASSES:
+        names = ids = None
     return {
         "config": cfg.dump(),
         "class_names": list(names) if names else None,
@@ -55,7 +61,7 @@ def self_description(cfg: CfgNode) -> dict[str, Any]:
 
 
 def read_image(source: ImageSource) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8, RGB, turned upright if its EXIF data says how.
+    """Read an image as (H, W, 3) uint8, RGB; a file is turned upright if its EXIF data says how, as in training.
 
     Raises:
         UserError: the file is missing or no image, or the array is not (H, W, 3) or (H, W) of uint8.
@@ -69,12 +75,13 @@ def read_image(source: ImageSource) -> np.ndarray:
         if not source.size:
             raise UserError(f"An image has pixels; this array is {source.shape}.")
         return source if source.ndim == 3 else np.repeat(source[..., None], 3, axis=2)
+    if isinstance(source, Image.Image):
+        return convert_PIL_to_numpy(source, "RGB")
+    if not PathManager.isfile(os.fspath(source)):
+        raise UserError(f"{source}: there is no such file (looked in {os.getcwd()}).")
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        return convert_PIL_to_numpy(ImageOps.exif_transpose(image), "RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"{source}: there is no such file (looked in {os.getcwd()}).") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return detection_utils.read_image(os.fspath(source), format="RGB")
+    except Exception as error:  # Pillow's errors for damaged files have no common base
         raise UserError(f"{source} is not an image that can be read ({type(error).__name__}: {error}).") from error
 
 
@@ -99,7 +106,10 @@ class Predictor:
         self.model = model.eval()
         number = cfg.MODEL.SAMDETR.NUM_CLASSES
         if class_names is not None and len(class_names) != number:
-            raise UserError(f"There are {len(class_names)} class names for a model of {number} classes.")
+            raise UserError(
+                f"There are {len(class_names)} class names for a model of {number} classes: give one for each "
+                "(--class-names, or class_names=...)."
+            )
         self.class_names = list(class_names) if class_names else [f"class {i}" for i in range(number)]
         self.category_ids = list(category_ids) if category_ids else list(range(number))
         self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST)
@@ -127,14 +137,19 @@ class Predictor:
         results = []
         for start in range(0, len(images), batch_size):
             batch = [self.prepare(read_image(image)) for image in images[start : start + batch_size]]
-            with torch.no_grad():
+            with torch.no_grad(), autocast(self.cfg, self.model.device):
                 results += [output["instances"].to("cpu") for output in self.model(batch)]
         return results
 
     def prepare(self, image: np.ndarray) -> dict[str, Any]:
         """Make detectron2's model input of an image (H, W, 3) uint8, RGB."""
         height, width = image.shape[:2]
-        resized = self.resize.get_transform(image).apply_image(image)
+        sizes = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
+        new_height, new_width = T.ResizeShortestEdge.get_output_shape(height, width, *sizes)
+        resize = T.ResizeTransform(
+            height, width, max(1, new_height), max(1, new_width)
+        )  # of thin images is a line left
+        resized = resize.apply_image(image)
         if self.cfg.INPUT.FORMAT == "BGR":
             resized = resized[:, :, ::-1]
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
@@ -163,12 +178,19 @@ def load(
         UserError: a file is missing or unreadable, the checkpoint does not fit the config, or carries none and none is
             given.
     """
+    device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = os.fspath(source)
-    carried = {} if _is_config(source) else _read_description(source)
-    cfg = config_of(source, config_file=config_file, carried=carried)
-    merge_options(cfg, "", [*options, "MODEL.DEVICE", device or ("cuda" if torch.cuda.is_available() else "cpu")])
+    if not _is_config(source):
+        source = PathManager.get_local_path(source) if "://" in source else source
+        carried = _read_description(source)
+        cfg = config_of(source, config_file=config_file, carried=carried)
+    else:
+        cfg = config_of(source)
+        carried = _read_description(cfg.MODEL.WEIGHTS) if Path(cfg.MODEL.WEIGHTS).is_file() else {}
+    merge_options(cfg, "", [*options, "MODEL.DEVICE", device])
     if cfg.MODEL.META_ARCHITECTURE != "SAMDETR":
         raise UserError(f"{source} is a {cfg.MODEL.META_ARCHITECTURE}; this loads SAMDETR models.")
+    check_model(cfg)
     model = build_model(cfg)
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: this model has RANDOM weights. Load a checkpoint instead.")
@@ -176,10 +198,25 @@ def load(
     # What was evaluated in training is what predicts: the averaged weights, if there are any.
     use_average = cfg.SOLVER.EMA.ENABLED and "average" in carried
     CheckedCheckpointer(model, complete=True, use_average=use_average).load(cfg.MODEL.WEIGHTS)
-    names, ids = class_names or carried.get("class_names"), carried.get("category_ids")
-    if names is None:
-        names, ids = _classes_of_dataset(cfg)
-    return Predictor(cfg, model, names, ids)
+    known_names, known_ids = _classes_of_dataset(cfg)
+    return Predictor(
+        cfg,
+        model,
+        class_names or carried.get("class_names") or known_names,
+        carried.get("category_ids") or known_ids,
+    )
+
+
+def _check_device(device: str) -> str:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"There is no device {device!r}: use cpu or cuda (--device, or device=...).") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "The device is to be cuda, but there is no CUDA device here: use cpu (--device, or device=...)."
+        )
+    return device
 
 
 def config_of(
@@ -230,6 +267,8 @@ def _read_description(source: str) -> dict[str, Any]:
 
 def _classes_of_dataset(cfg: CfgNode) -> tuple[list[str] | None, list[int] | None]:
     """Class names and category ids of the config's dataset, if it is one whose classes are known here."""
+    with contextlib.suppress(UserError):  # its files need not be on this machine
+        register_coco_format(cfg)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         if name in DatasetCatalog.list():
             metadata = MetadataCatalog.get(name)
@@ -241,7 +280,7 @@ def _classes_of_dataset(cfg: CfgNode) -> tuple[list[str] | None, list[int] | Non
 
 
 def list_images(paths: Iterable[str | os.PathLike], suffixes: Iterable[str]) -> list[Path]:
-    """Files, and all files below folders that have one of the suffixes, sorted.
+    """Files, and all files below folders that have one of the suffixes, sorted, each once.
 
     Raises:
         UserError: a path does not exist, or a folder holds no such file.
@@ -254,4 +293,4 @@ def list_images(paths: Iterable[str | os.PathLike], suffixes: Iterable[str]) -> 
         if not found:
             raise UserError(f"--input {path}: the folder holds no file that ends in {', '.join(sorted(suffixes))}.")
         files += found
-    return files
+    return list({file.resolve(): file for file in reversed(files)}.values())[::-1]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layers import blocks, is_tracing
+from .layers import accumulate_product_, blocks, is_tracing, zeros_to_accumulate
 
 __all__ = ["linear_interpolation_weights", "roi_align", "roi_align_weights", "sample_separably"]
 
@@ -157,12 +157,12 @@ class _SampleSeparably(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features, rows, columns = ctx.saved_tensors
         pixels = features.flatten(1, 2)
-        grad_pixels, grad_rows, grad_columns = (torch.zeros_like(x) for x in (pixels, rows, columns))
+        grad_pixels, grad_rows, grad_columns = (zeros_to_accumulate(x) for x in (pixels, rows, columns))
         for images, some in blocks(*rows.shape[:2], rows.shape[2] * columns.shape[2], rows.device):
             y, x, g = rows[images, some], columns[images, some], gradient[images, some]
             weights = (y[..., :, None] * x[..., None, :]).flatten(2).to(pixels.dtype)
-            grad_pixels[images].baddbmm_(weights.transpose(1, 2), g)
+            accumulate_product_(grad_pixels[images], weights.transpose(1, 2), g)
             grad_weights = (g @ pixels[images].transpose(1, 2)).to(y.dtype).unflatten(-1, (y.shape[-1], x.shape[-1]))
             grad_rows[images, some] = (grad_weights @ x[..., None])[..., 0]
             grad_columns[images, some] = (y[..., None, :] @ grad_weights)[..., 0, :]
-        return grad_pixels.view_as(features), grad_rows, grad_columns
+        return grad_pixels.to(features.dtype).view_as(features), grad_rows, grad_columns

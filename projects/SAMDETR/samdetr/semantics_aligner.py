@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import UserError
-from .layers import MLP, run_layer, xavier_uniform_matrices_
+from .layers import MLP, run_layer, to_autocast_dtype, xavier_uniform_matrices_
 from .position_encoding import sine_embedding
 from .roi_align import linear_interpolation_weights, roi_align, roi_align_weights, sample_separably
 from .structures import AlignedQuery, FeatureLevel
@@ -110,14 +110,15 @@ class SemanticsAligner(nn.Module):
 
     def forward(self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel) -> AlignedQuery:
         """See :data:`SEMANTICS_ALIGNER_REGISTRY`."""
+        features = to_autocast_dtype(level.features)
         rows, columns = roi_align_weights(reference_boxes, level.valid_size, level.size, self.pooled_size)
-        local_keypoints, gaussian_scales = self.search_keypoints(level.features, rows, columns)
+        local_keypoints, gaussian_scales = self.search_keypoints(features, rows, columns)
         keypoints = reference_boxes[..., None, :2] + reference_boxes[..., None, 2:] / 2 * local_keypoints
         heads = (self.num_heads, self.dim)
         content_gate = self.content_gate(content).unflatten(-1, heads)
         position_gate = self.position_gate(content).unflatten(-1, heads)
         return AlignedQuery(
-            content=self.resample(level.features, rows, columns, local_keypoints) * content_gate.sigmoid(),
+            content=self.resample(features, rows, columns, local_keypoints) * content_gate.sigmoid(),
             # The embedding is cheap to compute again, and large to keep.
             position=run_layer(self.gated_position, keypoints.detach(), position_gate, recompute=True),
             keypoints=keypoints,
@@ -139,7 +140,8 @@ class SemanticsAligner(nn.Module):
             keypoints (B, Q, M, 2) relative to the box, (x, y) in (-1, 1); and raw Gaussian scales (B, Q, M, 2) or None.
         """
         # Reducing the channels and pooling are both linear: reduced first, a quarter of the channels is pooled.
-        reduced = roi_align(F.linear(features, self.reduction.weight), rows, columns) + self.reduction.bias
+        reduced = roi_align(F.linear(features, self.reduction.weight), rows, columns)
+        reduced = reduced + self.reduction.bias.to(reduced.dtype)
         values = self.keypoint_head(reduced.relu_().flatten(2)).float()
         values = values.unflatten(-1, (-1, self.num_heads, 2))  # the keypoints of all heads, then their scales
         return values[..., 0, :, :].tanh(), values[..., 1, :, :] if self.predict_scales else None

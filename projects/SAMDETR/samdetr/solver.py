@@ -24,6 +24,10 @@ class FullModelClippingAdamW(torch.optim.AdamW):
         self._measured_norm = torch.nn.utils.get_total_norm(gradients, self.norm_type)
         return self._measured_norm
 
+    def zero_grad(self, *args, **kwargs):
+        self._measured_norm = None
+        super().zero_grad(*args, **kwargs)
+
     def step(self, closure=None):
         norm = self.measure_gradients() if self._measured_norm is None else self._measured_norm
         self._measured_norm = None
@@ -57,7 +61,26 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
                 f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}, but FULL_MODEL clips by norm: set CLIP_TYPE "
                 "'norm' or FULL_MODEL False."
             )
-        return FullModelClippingAdamW(
+        optimizer = FullModelClippingAdamW(
             parameters, lr=cfg.SOLVER.BASE_LR, fused=fused, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE
         )
-    return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(parameters, lr=cfg.SOLVER.BASE_LR, fused=fused)
+    else:
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(parameters, lr=cfg.SOLVER.BASE_LR, fused=fused)
+    optimizer.register_load_state_dict_pre_hook(_keep_fused)
+    optimizer.register_load_state_dict_post_hook(_lay_moments_out)
+    return optimizer
+
+
+def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+    """A checkpoint's optimizer may not have been fused; this one stays what it is."""
+    own = optimizer.param_groups
+    groups = [{**group, "fused": mine["fused"]} for group, mine in zip(state_dict["param_groups"], own)]
+    return {**state_dict, "param_groups": groups}
+
+
+def _lay_moments_out(optimizer: torch.optim.Optimizer) -> None:
+    """The fused step takes moments to lie in memory like their parameters, and a checkpoint's may not."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

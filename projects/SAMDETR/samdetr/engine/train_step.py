@@ -12,19 +12,15 @@ from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
+from ..layers import autocast
 from ..solver import FullModelClippingAdamW
 
-__all__ = ["TrainStep", "autocast"]
+__all__ = ["TrainStep"]
 
 logger = logging.getLogger(__name__)
 
 _MOST_SKIPS_IN_A_ROW = 100
 _SMALLEST_LOSS_SCALE = 1.0  # float16 gradients that overflow below this would overflow without any scale
-
-
-def autocast(cfg, device: torch.device):
-    """The context of mixed precision by ``cfg.SOLVER.AMP``, for training and inference alike."""
-    return torch.autocast(device.type, dtype=getattr(torch, cfg.SOLVER.AMP.PRECISION), enabled=cfg.SOLVER.AMP.ENABLED)
 
 
 def step_seed(seed: int, iteration: int, rank: int) -> int:

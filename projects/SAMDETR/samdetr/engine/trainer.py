@@ -17,9 +17,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..checkpoint import CheckedCheckpointer
 from ..data import build_test_loader, build_train_loader
 from ..errors import UserError
+from ..layers import autocast
 from ..predictor import self_description
 from ..solver import build_optimizer
-from .train_step import TrainStep, autocast
+from .train_step import TrainStep
 
 __all__ = ["Trainer", "evaluate"]
 

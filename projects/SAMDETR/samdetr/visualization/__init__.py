@@ -2,12 +2,13 @@
 
 from .attention import RecordedLayer, draw_attention, draw_head, record_attention
 from .curves import draw_curves, published_curves, published_names, read_metrics
-from .detections import draw_annotations, draw_detections, draw_pairs
+from .detections import draw_annotations, draw_beside_truth, draw_detections, draw_pairs
 
 __all__ = [
     "RecordedLayer",
     "draw_annotations",
     "draw_attention",
+    "draw_beside_truth",
     "draw_curves",
     "draw_detections",
     "draw_head",

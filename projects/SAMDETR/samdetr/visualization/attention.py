@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cross_attention import CrossAttention
 from ..decoder import level_of_layer
 from ..errors import UserError
-from ..meta_arch import SAMDETR
 from ..structures import AlignedQuery, FeatureLevel
 
 __all__ = ["RecordedLayer", "draw_attention", "draw_head", "record_attention"]
@@ -64,8 +63,8 @@ class RecordedLayer:
 
 
 @contextlib.contextmanager
-def record_attention(model: SAMDETR) -> Iterator[list[RecordedLayer]]:
-    """Record every decoder layer while the model runs inside this context.
+def record_attention(model: nn.Module) -> Iterator[list[RecordedLayer]]:
+    """Record every decoder layer while a SAMDETR runs inside this context.
 
     Yields:
         A list with one :class:`RecordedLayer` for each layer of the latest forward pass, filled when the model has run.
@@ -108,7 +107,7 @@ def head_colors(number: int) -> np.ndarray:
     return matplotlib.colormaps["hsv"](np.linspace(0, 1, number, endpoint=False))[:, :3]
 
 
-class _QueryView:
+class QueryView:
     """One query of one image in one layer, as numpy arrays in the image's pixels."""
 
     def __init__(self, image: np.ndarray, layer: RecordedLayer, query: int):
@@ -174,7 +173,7 @@ def draw_attention(image: np.ndarray, layers: Sequence[RecordedLayer], query: in
     figure = Figure(figsize=(side * (heads + 1), side * ratio * len(layers) + 0.7), dpi=80, layout="constrained")
     axes = figure.subplots(len(layers), heads + 1, squeeze=False)
     for row, (layer, of_layer) in enumerate(zip(layers, axes)):
-        view = _QueryView(image, layer, query)
+        view = QueryView(image, layer, query)
         view.draw_summary(of_layer[0])
         of_layer[0].set_ylabel(f"layer {row + 1}, level {layer.level_index}", fontsize=9)
         for head, color in enumerate(head_colors(heads)):
@@ -190,7 +189,7 @@ def draw_attention(image: np.ndarray, layers: Sequence[RecordedLayer], query: in
 def draw_head(image: np.ndarray, layer: RecordedLayer, query: int, head: int) -> np.ndarray:
     """One head of one layer alone; see :func:`draw_attention`."""
     figure = Figure(figsize=(4, 4 * image.shape[0] / image.shape[1]), dpi=100, layout="constrained")
-    view = _QueryView(image, layer, query)
+    view = QueryView(image, layer, query)
     view.draw_head(figure.subplots(), head, head_colors(layer.query.keypoints.shape[2])[head])
     return _rendered(figure)
 

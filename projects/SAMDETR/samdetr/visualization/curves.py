@@ -2,19 +2,26 @@
 
 import csv
 import json
+import logging
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from ..errors import UserError
 
 __all__ = ["draw_curves", "published_curves", "published_names", "read_metrics"]
 
+logger = logging.getLogger(__name__)
+
 # Title, metric, and whether it is drawn on a logarithmic scale.
 _PANELS = (
-    ("training loss", "total_loss", False),
+    ("training loss, all layers", "total_loss", False),
+    ("last layer: class loss", "loss_class", False),
+    ("last layer: L1 loss", "loss_l1", False),
+    ("last layer: GIoU loss", "loss_giou", False),
     ("box AP", "bbox/AP", False),
     ("learning rate", "lr", True),
     ("seconds a step", "time", False),
@@ -32,7 +39,8 @@ def read_metrics(run: str | Path) -> Metrics:
 
     Returns:
         For every metric, (iteration, epoch, value) in the order of the iterations; epoch is NaN where the run does not
-        tell it. Where a resumed run has written an iteration twice, the later one counts.
+        tell it. Where a resumed run has written an iteration twice, the later one counts; a line that a killed run left
+        unfinished is left out, with a warning.
 
     Raises:
         UserError: there is no such file, or it holds no metrics.
@@ -42,18 +50,22 @@ def read_metrics(run: str | Path) -> Metrics:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; name a run's OUTPUT_DIR, or its metrics.json.")
     found: dict[str, dict[int, tuple[float, float, float]]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a run's metrics.json ({error}).") from error
+    for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            iteration = entry["iteration"]
-            epoch = entry.get("epoch", float("nan"))
-            for name, value in entry.items():
-                if isinstance(value, (int, float)):
-                    found.setdefault(name, {})[iteration] = (iteration, epoch, value)
+            iteration, epoch = entry["iteration"], entry.get("epoch", float("nan"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number} is not a line of detectron2's metrics ({error}).") from error
+            logger.warning("%s, line %d is not a line of metrics and is left out (%s).", path, number, error)
+            continue
+        for name, value in entry.items():
+            if isinstance(value, (int, float)):
+                found.setdefault(name, {})[iteration] = (iteration, epoch, value)
     if not found:
-        raise UserError(f"{path} is empty: the run has not written any metrics yet.")
+        raise UserError(f"{path} holds no metrics: it is no run's metrics.json, or the run has not written any yet.")
     return {name: [by_iteration[i] for i in sorted(by_iteration)] for name, by_iteration in found.items()}
 
 
@@ -99,33 +111,39 @@ def draw_curves(runs: dict[str, Metrics], published: Sequence[str] = ()) -> Figu
             raise UserError(
                 f"{name} does not tell its epochs, which --published needs: its metrics were not written by this project."
             )
-    panels = [panel for panel in _PANELS if any(panel[1] in metrics for metrics in runs.values())]
-    figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    theirs = {f"{name} (published, COCO)": published_curves(name) for name in published}
+    panels = [panel for panel in _PANELS if any(panel[1] in metrics for metrics in (*runs.values(), *theirs.values()))]
+    if not panels:
+        known = ", ".join(metric for _, metric, _ in _PANELS)
+        raise UserError(f"{', '.join(runs)} has none of the metrics that are drawn: {known}.")
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.8 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
     lines = {}
     for axis, (title, metric, logarithmic) in zip(axes, panels):
-        for name in published:
-            points = published_curves(name).get(metric, [])
+        for number, (label, metrics) in enumerate(theirs.items()):
+            points = metrics.get(metric, [])
+            style = {"linestyle": ("--", ":", "-.")[number % 3], "color": ("0.45", "0.65")[number // 3 % 2]}
             if points:
-                label = f"{name} (published, COCO)"
-                lines[label] = axis.plot([p[1] for p in points], [p[2] for p in points], "--", color="0.6", label=label)
+                lines[label] = axis.plot([p[1] for p in points], [p[2] for p in points], label=label, **style)
         for color, (name, metrics) in enumerate(runs.items()):
             points = [p for p in metrics.get(metric, []) if p[2] == p[2]]
             marker = "o-" if metric.startswith("bbox") else "-"
-            x = [p[1] if by_epoch else p[0] for p in _with_epochs(points, metrics)]
+            x = epochs_of(points, metrics) if by_epoch else [p[0] for p in points]
             lines[name] = axis.plot(x, [p[2] for p in points], marker, color=f"C{color}", markersize=4, label=name)
         axis.set(title=title, xlabel="epoch" if by_epoch else "iteration")
         axis.grid(alpha=0.3)
         if logarithmic:
             axis.set_yscale("log")
+    for axis in axes:  # those that are left
+        axis.axis("off")
     figure.legend([line[0] for line in lines.values()], list(lines), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def _with_epochs(points: Sequence[tuple], metrics: Metrics) -> list[tuple[float, float, float]]:
-    """Points with their epochs; an evaluation's line tells its iteration only."""
-    known = metrics.get("epoch", [])
-    if not known:
-        return list(points)
-    rate = known[-1][2] / (known[-1][0] + 1)  # epochs an iteration
-    return [(iteration, rate * (iteration + 1), value) for iteration, _, value in points]
+def epochs_of(points: Sequence[tuple[float, float, float]], metrics: Metrics) -> list[float]:
+    """Epochs of points; those that do not tell theirs, an evaluation's, lie between the ones that do."""
+    known = metrics["epoch"]
+    iterations = [iteration for iteration, *_ in known]
+    return np.interp([p[0] for p in points], iterations, [value for *_, value in known]).tolist()

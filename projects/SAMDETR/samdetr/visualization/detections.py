@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-from detectron2.data import Metadata
+from detectron2.data import Metadata, detection_utils
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
-__all__ = ["draw_annotations", "draw_detections", "draw_pairs"]
+__all__ = ["draw_annotations", "draw_beside_truth", "draw_detections", "draw_pairs"]
 
 _SHORTEST_SIDE = 256  # small images are enlarged to this before drawing, so that boxes and labels can be read
 
@@ -38,7 +38,24 @@ def draw_detections(
 
 def draw_annotations(image: np.ndarray, record: dict, class_names: Sequence[str]) -> np.ndarray:
     """Draw the ``annotations`` of a record in detectron2's standard format; see :func:`draw_detections`."""
-    return _visualizer(image, class_names).draw_dataset_dict(record).get_image()
+    # Boxes only: with any masks, detectron2 would want one for every annotation.
+    keys = ("bbox", "bbox_mode", "category_id", "iscrowd")
+    boxes = [{key: annotation[key] for key in keys if key in annotation} for annotation in record["annotations"]]
+    return _visualizer(image, class_names).draw_dataset_dict({"annotations": boxes}).get_image()
+
+
+def draw_beside_truth(
+    record: dict, instances: Instances, class_names: Sequence[str], score_threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """An image with its annotations, and with its detections, of equal size.
+
+    Args:
+        record: in detectron2's standard format.
+        instances, class_names, score_threshold: see :func:`draw_detections`.
+    """
+    image = detection_utils.read_image(record["file_name"], format="RGB")
+    truth = draw_annotations(image, record, class_names)
+    return truth, draw_detections(image, instances, class_names, score_threshold)
 
 
 def draw_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray]], columns: int = 4) -> np.ndarray:
