@@ -55,7 +55,7 @@ def draw(path: str, growth: dict[str, list[dict]], title: str) -> None:
                 [p["value"] for p in points], [p[key] / max(points[0][key], 1e-9) for p in points], style, label=label
             )
         axis.set_xlabel({"image side": "image side (pixels)", "boxes": "boxes an image"}.get(quantity, quantity))
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("relative to the first")
     axes[0].legend(frameon=False)

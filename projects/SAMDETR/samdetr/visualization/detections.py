@@ -9,12 +9,14 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 
 __all__ = ["draw_annotations", "draw_beside_truth", "draw_detections", "draw_pairs"]
 
-_SHORTEST_SIDE = 256  # small images are enlarged to this before drawing, so that boxes and labels can be read
+# Small images are enlarged before drawing, so that boxes and labels can be read: until one side reaches its limit.
+_SHORTEST_SIDE, _LONGEST_SIDE = 256, 1024
 
 
 def _visualizer(image: np.ndarray, class_names: Sequence[str]) -> Visualizer:
     metadata = Metadata().set(thing_classes=list(class_names))
-    scale = max(1.0, _SHORTEST_SIDE / min(image.shape[:2]))
+    height, width = image.shape[:2]
+    scale = max(1.0, min(_SHORTEST_SIDE / min(height, width), _LONGEST_SIDE / max(height, width)))
     return Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
 
 
