@@ -162,6 +162,7 @@ def test_curves_lie_where_the_numbers_are(tmp_path):
     metrics = read_metrics(write_metrics(tmp_path / "metrics.json", lines))
     figure = draw_curves({"mine": metrics})
     axes = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    assert all(axis.axison == bool(axis.get_title()) for axis in figure.axes)  # no empty panel is left
     assert set(axes) == {"training loss, all layers", "box AP", "learning rate", "seconds a step"}
     loss = axes["training loss, all layers"]
     assert loss.lines[0].get_xydata().tolist() == [[1, 8], [3, 6]] and loss.get_xlabel() == "iteration"

@@ -135,11 +135,11 @@ class QueryView:
 
     def draw_head(self, axis, head: int, color) -> None:
         """Attention over the darkened image, the head's keypoint, and its Gaussian's line of half height."""
-        self.draw_image(axis, alpha=0.35)
+        self.draw_image(axis, alpha=0.55)
         axis.set_facecolor("black")
-        axis.imshow(
-            self.weights[head], extent=self.extent, cmap="inferno", alpha=0.65, interpolation="bilinear", vmin=0
-        )
+        weights = self.weights[head]
+        opaque = 0.9 * np.sqrt(weights / max(weights.max(), 1e-12))  # weak attention shows, and leaves the image to see
+        axis.imshow(weights, extent=self.extent, cmap="inferno", alpha=opaque, interpolation="bilinear", vmin=0)
         self.draw_gaussian(axis, head, color)
         axis.plot(*self.keypoints[head], "o", color=color, markeredgecolor="white", markersize=6, clip_on=True)
 

@@ -121,7 +121,7 @@ def draw_curves(runs: dict[str, Metrics], published: Sequence[str] = ()) -> Figu
     figure = Figure(figsize=(3.6 * columns, 2.8 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     lines = {}
-    for axis, (title, metric, logarithmic) in zip(axes, panels):
+    for (title, metric, logarithmic), axis in zip(panels, axes):
         for number, (label, metrics) in enumerate(theirs.items()):
             points = metrics.get(metric, [])
             style = {"linestyle": ("--", ":", "-.")[number % 3], "color": ("0.45", "0.65")[number // 3 % 2]}
