@@ -3,7 +3,7 @@
 
     tools/predict.py --weights output/demo/model_final.pth --input datasets/samdetr_digits_v1/val --output output/predictions
     tools/predict.py --weights model_final.pth --input street.jpg holiday/ film.mp4 --output predictions
-    tools/predict.py --weights converted.pth --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --input street.jpg \\
+    tools/predict.py --weights bare.pth --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --input street.jpg \\
         --output predictions
 
 The output folder gets a drawing of every input under its own name, and predictions.json, a list in the format of COCO's

@@ -146,9 +146,8 @@ class Predictor:
         height, width = image.shape[:2]
         sizes = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
         new_height, new_width = T.ResizeShortestEdge.get_output_shape(height, width, *sizes)
-        resize = T.ResizeTransform(
-            height, width, max(1, new_height), max(1, new_width)
-        )  # of thin images is a line left
+        # Of a thin image, a line is left.
+        resize = T.ResizeTransform(height, width, max(1, new_height), max(1, new_width))
         resized = resize.apply_image(image)
         if self.cfg.INPUT.FORMAT == "BGR":
             resized = resized[:, :, ::-1]
@@ -169,7 +168,7 @@ def load(
     Args:
         source: a checkpoint that this project has saved, which carries its config and class names; or a config file, whose
             ``MODEL.WEIGHTS`` is loaded.
-        config_file: the config of a checkpoint that carries none, such as a converted one.
+        config_file: the config of a checkpoint that carries none, or another one than it carries.
         class_names: the classes' names, if the checkpoint carries none.
         device: where to run, "cpu" or "cuda"; by default CUDA if there is any.
         options: config keys and values, in turn, that replace those of the config.
