@@ -95,12 +95,13 @@ def test_initial_state():
 
 
 @pytest.mark.parametrize("elements", [1, 300, 10**6])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_blocks_give_what_the_plain_attention_gives(monkeypatch, elements, bias, padded):
+def test_blocks_give_what_the_plain_attention_gives(monkeypatch, elements, groups, bias, padded):
     """Query by query, some queries at a time, and several images at a time: outputs and gradients."""
     monkeypatch.setitem(layers._BLOCK_ELEMENTS, "cpu", elements)
-    shapes = {"v": (3, 2, 20, 4), "q": (3, 2, 7, 8), "k": (3, 20, 8), "x": (3, 2, 7, 5), "y": (3, 2, 7, 4)}
+    shapes = {"v": (3, 2, 20, 4), "q": (3, 2, 7, 8), "k": (3, groups, 20, 8), "x": (3, 2, 7, 5), "y": (3, 2, 7, 4)}
     tensors = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items() if bias or name in "vqk"}
     mask = make_level(torch.randn(3, 4, 5, 1), [[5, 4], [3, 2], [5, 1]]).padding_mask if padded else None
     v, q, k, x, y = (tensors.get(name) for name in shapes)

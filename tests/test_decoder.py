@@ -66,7 +66,7 @@ def test_no_gradient_flows_through_the_sine_embedding_of_self_attention():
     seen = {}
     layer.self_attention.register_forward_hook(lambda module, args, output: seen.update(output=output))
     (level,) = model.feature_projection([torch.randn(1, 16, 8, 8)], [(64, 64)])
-    layer(content, boxes, level, None)
+    layer(content, boxes, [level], 0, None)
     assert torch.autograd.grad(seen["output"].sum(), boxes, allow_unused=True, retain_graph=True)[0] is None
     assert torch.autograd.grad(seen["output"].sum(), content)[0].any()
 

@@ -107,7 +107,7 @@ def test_padded_values_are_zero():
     attention = MultiScaleDeformableAttention(dim=8, num_heads=2, num_levels=1, num_points=2)
     memory = torch.randn(1, 6, 8)
     mask = torch.tensor([[False, False, True, False, False, True]])
-    query, reference = torch.randn(1, 6, 8), torch.rand(1, 6, 1, 2)
+    query, reference = torch.randn(1, 6, 8), torch.rand(1, 6, 1, 1, 2)
     out = attention(query, reference, memory, [(2, 3)], mask)
     memory[0, [2, 5]] = 1e3
     assert torch.equal(attention(query, reference, memory, [(2, 3)], mask), out)

@@ -55,4 +55,4 @@ def test_reference_points_are_the_pixel_centres_of_the_valid_part():
     level = make_level(torch.zeros(1, 2, 4, 4), [[2, 2]])
     points = encoder_reference_points([level])
     # In units of the padded map: two valid columns of four.
-    assert torch.allclose(points[0, :2, 0], torch.tensor([[0.125, 0.25], [0.375, 0.25]]))
+    assert torch.allclose(points[0, :2, 0, 0], torch.tensor([[0.125, 0.25], [0.375, 0.25]]))

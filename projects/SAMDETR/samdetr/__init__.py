@@ -1,6 +1,6 @@
 """SAM-DETR++ for detectron2. Importing this package registers everything; see the project's README."""
 
-from . import backbone, checkpoint, data, solver
+from . import backbone, baseline_attention, checkpoint, data, fcos, solver
 from .config import add_samdetr_config
 from .cross_attention import CROSS_ATTENTION_REGISTRY
 from .encoder import ENCODER_REGISTRY
@@ -20,8 +20,10 @@ __all__ = [
     "Predictor",
     "add_samdetr_config",
     "backbone",
+    "baseline_attention",
     "checkpoint",
     "data",
+    "fcos",
     "load",
     "solver",
 ]

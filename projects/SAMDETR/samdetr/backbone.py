@@ -7,6 +7,7 @@ into the convolutions and their features in channels-last order.
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.fpn import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet, build_resnet_backbone
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -15,7 +16,13 @@ from torch.nn import functional as F
 from .errors import UserError
 from .layers import is_tracing, to_autocast_dtype
 
-__all__ = ["FoldedConv2d", "build_mini_resnet_backbone", "build_resnet_dc5_backbone", "optimize_backbone"]
+__all__ = [
+    "FoldedConv2d",
+    "build_mini_resnet_backbone",
+    "build_mini_resnet_fpn_backbone",
+    "build_resnet_dc5_backbone",
+    "optimize_backbone",
+]
 
 
 class FoldedConv2d(Conv2d):
@@ -124,3 +131,14 @@ def build_mini_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
         )
         channels, out_channels = out_channels, 2 * out_channels
     return ResNet(stem, stages, out_features=node.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
+
+
+@BACKBONE_REGISTRY.register()
+def build_mini_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """:func:`build_mini_resnet_backbone` with an FPN over it and no further level, for detectron2's detectors."""
+    return FPN(
+        bottom_up=build_mini_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+    )

@@ -22,7 +22,15 @@ from .errors import UserError
 from .query_generator import QUERY_GENERATOR_REGISTRY
 from .semantics_aligner import SEMANTICS_ALIGNER_REGISTRY
 
-__all__ = ["check_config", "check_loaded", "check_model", "check_weights_file", "class_parameters", "merge_options"]
+__all__ = [
+    "check_config",
+    "check_loaded",
+    "check_model",
+    "check_weights_file",
+    "class_parameters",
+    "merge_options",
+    "number_of_classes",
+]
 
 
 def _suggest(name: str, choices: Iterable[str]) -> str:
@@ -102,6 +110,18 @@ def check_model(cfg: CfgNode) -> None:
         _check_model(cfg.MODEL.SAMDETR)
 
 
+def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
+    """The key that holds the number of classes of the config's meta-architecture, and its value; None if that is unknown."""
+    for architectures, node in (
+        (("SAMDETR",), "SAMDETR"),
+        (("GeneralizedRCNN",), "ROI_HEADS"),
+        (("RetinaNet", "build_fcos"), "RETINANET"),
+    ):
+        if cfg.MODEL.META_ARCHITECTURE in architectures:
+            return f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES
+    return "", None
+
+
 def _check_name(key: str, name: str, registry) -> None:
     names = sorted(name for name, _ in registry)
     if name not in names:
@@ -138,6 +158,7 @@ def _check_precision(cfg: CfgNode) -> None:
 
 
 def _check_solver(cfg: CfgNode) -> None:
+    _check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("AdamW", "SGD"))
     _check_choice("SOLVER.NON_FINITE", cfg.SOLVER.NON_FINITE, ("stop", "skip"))
     _check_choice("DATALOADER.UNREADABLE_IMAGES", cfg.DATALOADER.UNREADABLE_IMAGES, ("stop", "skip"))
     if not 1 <= cfg.SOLVER.ACCUMULATION_STEPS <= cfg.SOLVER.IMS_PER_BATCH:
@@ -206,15 +227,16 @@ def _check_dataset(key: str, name: str, cfg: CfgNode) -> None:
                 f"looked for below DETECTRON2_DATASETS, now {os.path.abspath(root)}: set it to the folder that holds them "
                 "(for COCO, the folder above coco/)."
             )
-    if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
+    key_of_number, number = number_of_classes(cfg)
+    if number is not None:
         if metadata.get("thing_classes") is None:
             DatasetCatalog.get(name)  # a COCO-format dataset learns its classes when it is loaded
         classes = metadata.get("thing_classes")
-        if classes is not None and len(classes) != cfg.MODEL.SAMDETR.NUM_CLASSES:
+        if classes is not None and len(classes) != number:
             some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
             raise UserError(
-                f"MODEL.SAMDETR.NUM_CLASSES is {cfg.MODEL.SAMDETR.NUM_CLASSES}, but {name!r} ({key}) has {len(classes)} "
-                f"classes ({some}): set MODEL.SAMDETR.NUM_CLASSES {len(classes)}."
+                f"{key_of_number} is {number}, but {name!r} ({key}) has {len(classes)} classes ({some}): set {key_of_number} "
+                f"{len(classes)}."
             )
 
 

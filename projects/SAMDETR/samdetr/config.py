@@ -57,10 +57,15 @@ def add_samdetr_config(cfg: CN) -> None:
     # The layers are spread evenly over the levels, the coarsest first.
     node.DECODER.NUM_LAYERS = 6
     node.DECODER.FEEDFORWARD_DIM = 2048
+    # Whether each layer's box is the next layer's reference box, as published. False (baselines without refinement): every
+    # layer starts from the query's learned reference box.
+    node.DECODER.BOX_REFINEMENT = True
 
     node.ALIGNER = CN()
-    # A name in SEMANTICS_ALIGNER_REGISTRY.
+    # A name in SEMANTICS_ALIGNER_REGISTRY: SemanticsAligner, or IdentityAligner for baselines without it.
     node.ALIGNER.NAME = "SemanticsAligner"
+    # Representative keypoints of a query, each shared by NUM_HEADS / NUM_KEYPOINTS heads; 0: one for each head, as published.
+    node.ALIGNER.NUM_KEYPOINTS = 0
     # RoIAlign's bins along each side of a reference box.
     node.ALIGNER.POOLED_SIZE = 7
     # Keypoints are searched in C / REDUCTION channels, by hidden layers of these widths (as published).
@@ -68,10 +73,14 @@ def add_samdetr_config(cfg: CN) -> None:
     node.ALIGNER.KEYPOINT_HIDDEN_DIMS = [256, 512, 512]
 
     node.CROSS_ATTENTION = CN()
-    # A name in CROSS_ATTENTION_REGISTRY: CrossAttention, or SMCACrossAttention for SMCA (paper section 4.5.1).
+    # A name in CROSS_ATTENTION_REGISTRY: CrossAttention, or SMCACrossAttention for SMCA (paper section 4.5.1). For baselines:
+    # MultiHeadCrossAttention (DETR), SMCAMultiHeadCrossAttention (SMCA-DETR), ConditionalCrossAttention (Conditional DETR,
+    # DAB-DETR), DeformableCrossAttention (Deformable DETR; all levels in every layer).
     node.CROSS_ATTENTION.NAME = "CrossAttention"
     # SMCA only: divisor of the Gaussian's squared distances, in pixels of the feature map.
     node.CROSS_ATTENTION.GAUSSIAN_BETA = 8.0
+    # DeformableCrossAttention only: points that each head samples in each level.
+    node.CROSS_ATTENTION.NUM_POINTS = 4
 
     # Costs of the bipartite matching, as published.
     node.MATCHER = CN()
@@ -87,9 +96,11 @@ def add_samdetr_config(cfg: CN) -> None:
     node.LOSS.FOCAL_ALPHA = 0.25
     node.LOSS.FOCAL_GAMMA = 2.0
 
-    # AdamW (samdetr.solver). The backbone's learning rate is this share of SOLVER.BASE_LR.
+    # "AdamW" (samdetr.solver), or "SGD", detectron2's own optimizer, for detectron2's own detectors.
+    cfg.SOLVER.OPTIMIZER = "AdamW"
+    # AdamW only. The backbone's learning rate is this share of SOLVER.BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
-    # Clip the norm of all gradients together (True, as published) or of each parameter's alone (detectron2's way).
+    # AdamW only. Clip the norm of all gradients together (True, as published) or of each parameter's alone (detectron2's way).
     cfg.SOLVER.CLIP_GRADIENTS.FULL_MODEL = True
 
     # COCO-format datasets of one's own, each [name, annotation file, image folder]; then name them in DATASETS.TRAIN and

@@ -1,9 +1,9 @@
 """Cross-attention between aligned queries and one level of the encoded image (paper sections 3.2 and 4.5.1).
 
 Every head has a query of the full width C, made by the aligner, and all heads share one key of width C; values are
-split into M parts of C / M as usual.
+split into M parts of C / M as usual. Other detectors' cross-attentions are in ``baseline_attention.py``.
 
-Shapes: B images, Q queries, C model width, M heads, H x W the feature map, N = H * W.
+Shapes: B images, Q queries, C model width, M heads, H x W the feature map, N = H * W; q and k of width D.
 """
 
 import math
@@ -18,7 +18,14 @@ from .errors import UserError
 from .layers import MLP, accumulate_product_, blocks, is_tracing, xavier_uniform_matrices_, zeros_to_accumulate
 from .structures import AlignedQuery, FeatureLevel
 
-__all__ = ["CROSS_ATTENTION_REGISTRY", "CrossAttention", "SMCACrossAttention", "build_cross_attention"]
+__all__ = [
+    "CROSS_ATTENTION_REGISTRY",
+    "CrossAttention",
+    "DotProductAttention",
+    "GaussianModulation",
+    "SMCACrossAttention",
+    "build_cross_attention",
+]
 
 CROSS_ATTENTION_REGISTRY = Registry("CROSS_ATTENTION")
 CROSS_ATTENTION_REGISTRY.__doc__ = """
@@ -27,7 +34,8 @@ Registry of the decoder's cross-attentions, chosen by ``cfg.MODEL.SAMDETR.CROSS_
 A registered class is called as ``Attention(cfg)``, once for each decoder layer. The module it makes is called with an
 :class:`AlignedQuery` and a :class:`FeatureLevel`, must leave out the level's padded pixels, and returns (B, Q, C): what
 is added to the query contents. If the class has an attribute ``needs_scales = True``, the aligner is asked for
-``gaussian_scales``.
+``gaussian_scales``; if it has ``needs_all_levels = True``, it gets the list of all levels, from the finest to the coarsest,
+in place of the one that the layer's aligner looks at.
 """
 
 
@@ -36,9 +44,8 @@ def build_cross_attention(cfg) -> nn.Module:
     return CROSS_ATTENTION_REGISTRY.get(cfg.MODEL.SAMDETR.CROSS_ATTENTION.NAME)(cfg)
 
 
-@CROSS_ATTENTION_REGISTRY.register()
-class CrossAttention(nn.Module):
-    """Multi-head attention with a query for each head and one key for all."""
+class DotProductAttention(nn.Module):
+    """What the attentions to every pixel share; how queries and keys are made is left to the class derived from this."""
 
     needs_scales = False
 
@@ -54,10 +61,7 @@ class CrossAttention(nn.Module):
             raise UserError(f"MODEL.SAMDETR.NUM_HEADS ({num_heads}) does not divide MODEL.SAMDETR.HIDDEN_DIM ({dim}).")
         self.dim = dim
         self.num_heads = num_heads
-        self.query_content = nn.Linear(dim, dim)
-        self.query_position = MLP([dim, dim, dim])
-        self.key_content = nn.Linear(dim, dim)
-        self.key_position = MLP([dim, dim, dim])
+        self.add_projections()
         self.value = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
         xavier_uniform_matrices_(self)
@@ -67,10 +71,21 @@ class CrossAttention(nn.Module):
     def from_config(cls, cfg):
         return {"dim": cfg.MODEL.SAMDETR.HIDDEN_DIM, "num_heads": cfg.MODEL.SAMDETR.NUM_HEADS}
 
+    def add_projections(self) -> None:
+        """Add the layers that :meth:`query_and_key` needs."""
+        raise NotImplementedError
+
+    def query_and_key(self, query: AlignedQuery, level: FeatureLevel) -> tuple[Tensor, Tensor]:
+        """``q``, scaled, and ``k`` of :func:`attention_weights`."""
+        raise NotImplementedError
+
+    def logit_bias(self, query: AlignedQuery, level: FeatureLevel) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to the logits along x, (B, M, Q, W), and along y, (B, M, Q, H), float32; or two None."""
+        return None, None
+
     def forward(self, query: AlignedQuery, level: FeatureLevel) -> Tensor:
         """See :data:`CROSS_ATTENTION_REGISTRY`."""
-        value = self.value(level.features).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        attended = attend(value, *self.logit_terms(query, level))
+        attended = attend(self.split_heads(self.value(level.features)), *self.logit_terms(query, level))
         return self.output(attended.transpose(1, 2).flatten(2))
 
     def attention_weights(self, query: AlignedQuery, level: FeatureLevel) -> Tensor:
@@ -79,30 +94,27 @@ class CrossAttention(nn.Module):
 
     def logit_terms(self, query: AlignedQuery, level: FeatureLevel) -> tuple:
         """The arguments of :func:`attention_weights`."""
-        q = self.query_content(query.content) + self.query_position(query.position)
-        q = (q / math.sqrt(self.dim)).transpose(1, 2)  # the full width's root, as published
-        k = (self.key_content(level.features) + self.key_position(level.position)).flatten(1, 2)
-        return q, k, level.padding_mask, *self.logit_bias(query, level)
+        return *self.query_and_key(query, level), level.padding_mask, *self.logit_bias(query, level)
 
-    def logit_bias(self, query: AlignedQuery, level: FeatureLevel) -> tuple[Tensor | None, Tensor | None]:
-        """What is added to the logits along x, (B, M, Q, W), and along y, (B, M, Q, H), float32; or two None."""
-        return None, None
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) as (B, M, N, C / M)."""
+        return x.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-@CROSS_ATTENTION_REGISTRY.register()
-class SMCACrossAttention(CrossAttention):
-    """Spatially modulated co-attention: a Gaussian around each head's keypoint, added to its logits as a logarithm."""
+class GaussianModulation:
+    """SMCA, mixed into a :class:`DotProductAttention`: a Gaussian around each head's keypoint, added to its logits as a
+    logarithm."""
 
     needs_scales = True
 
     @configurable
-    def __init__(self, *, dim: int, num_heads: int, gaussian_beta: float):
+    def __init__(self, *, gaussian_beta: float, **arguments):
         """
         Args:
-            dim, num_heads: see :class:`CrossAttention`.
             gaussian_beta: divisor of the squared, scaled distances, in squared pixels of the feature map.
+            arguments: of the attention that this is mixed into.
         """
-        super().__init__(dim=dim, num_heads=num_heads)
+        super().__init__(**arguments)
         self.gaussian_beta = gaussian_beta
 
     @classmethod
@@ -121,14 +133,41 @@ class SMCACrossAttention(CrossAttention):
         return parts[0], parts[1]
 
 
+@CROSS_ATTENTION_REGISTRY.register()
+class CrossAttention(DotProductAttention):
+    """Attention with a query of full width for each head and one key for all, as published."""
+
+    def add_projections(self) -> None:
+        self.query_content = nn.Linear(self.dim, self.dim)
+        self.query_position = MLP([self.dim] * 3)
+        self.key_content = nn.Linear(self.dim, self.dim)
+        self.key_position = MLP([self.dim] * 3)
+
+    def query_and_key(self, query: AlignedQuery, level: FeatureLevel) -> tuple[Tensor, Tensor]:
+        q = self.query_content(query.content) + self.query_position(query.position)
+        q = (q / math.sqrt(self.dim)).transpose(1, 2)  # the full width's root, as published
+        k = (self.key_content(level.features) + self.key_position(level.position)).flatten(1, 2)
+        return q, k[:, None]
+
+
+@CROSS_ATTENTION_REGISTRY.register()
+class SMCACrossAttention(GaussianModulation, CrossAttention):
+    """Spatially modulated co-attention."""
+
+
+def by_group(x: Tensor, k: Tensor) -> Tensor:
+    """(B, M, Q, ...) of each head as (B, G, M / G * Q, ...) of each group of heads that shares one of the keys ``k``."""
+    return x.flatten(1, 2).unflatten(1, (k.shape[1], -1))
+
+
 def attention_weights(
     q: Tensor, k: Tensor, padding_mask: Tensor | None, bias_x: Tensor | None, bias_y: Tensor | None
 ) -> Tensor:
-    """Softmax over the pixels of the queries' product with a key that all heads share.
+    """Softmax over the pixels of the queries' product with the keys.
 
     Args:
-        q: (B, M, Q, C), scaled.
-        k: (B, N, C).
+        q: (B, M, Q, D), scaled.
+        k: (B, G, N, D): a key for each of G groups of heads, one for all (G = 1) or one for each head (G = M).
         padding_mask: (B, H, W) bool, True at pixels that get no weight; or None.
         bias_x: (B, M, Q, W) float32, added to the logits along x; or None.
         bias_y: (B, M, Q, H) float32, added along y; None if ``bias_x`` is.
@@ -136,7 +175,7 @@ def attention_weights(
     Returns:
         (B, M, Q, N) float32.
     """
-    logits = (q.flatten(1, 2) @ k.transpose(1, 2)).float().unflatten(1, q.shape[1:3])
+    logits = (by_group(q, k) @ k.transpose(2, 3)).float().view(*q.shape[:3], -1)
     # In place: neither the product nor these need the old values in the backward pass.
     if bias_x is not None:
         by_pixel = logits.unflatten(-1, (bias_y.shape[-1], bias_x.shape[-1]))
@@ -173,7 +212,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     def split(q, k, padding_mask, bias_x, bias_y):
         """(images, queries) of each block, with the arguments of :func:`attention_weights` for it."""
         batch, heads, queries, _ = q.shape
-        for images, some in blocks(batch, queries, heads * k.shape[1], q.device):
+        for images, some in blocks(batch, queries, heads * k.shape[2], q.device):
             mask = None if padding_mask is None else padding_mask[images]
             bias = [None if part is None else part[images, :, some] for part in (bias_x, bias_y)]
             yield (images, slice(None), some), (q[images, :, some], k[images], mask, *bias)
@@ -203,8 +242,8 @@ class _BlockwiseAttention(torch.autograd.Function):
             if bias_x is not None:
                 by_pixel = grad_logits.unflatten(-1, (bias_y.shape[-1], bias_x.shape[-1]))
                 grad_x[block], grad_y[block] = by_pixel.sum(-2), by_pixel.sum(-1)
-            grad_logits = grad_logits.to(q.dtype).flatten(1, 2)  # (B, M Q, N)
-            block_q = arguments[0]
+            grad_logits, block_q = by_group(grad_logits.to(q.dtype), k), arguments[0]
             grad_q[block] = (grad_logits @ k[images]).view(block_q.shape)
-            accumulate_product_(grad_k[images], grad_logits.transpose(1, 2), block_q.flatten(1, 2))
+            groups = (grad_k[images], grad_logits.transpose(2, 3), by_group(block_q, k))
+            accumulate_product_(*(x.flatten(0, 1) for x in groups))
         return grad_v.to(v.dtype), grad_q, grad_k.to(k.dtype), None, grad_x, grad_y

@@ -79,13 +79,19 @@ class DecoderLayer(nn.Module):
         self.feedforward = FeedForward(dim, feedforward_dim)
 
     def forward(
-        self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel, attention_mask: Tensor | None
+        self,
+        content: Tensor,
+        reference_boxes: Tensor,
+        levels: list[FeatureLevel],
+        index: int,
+        attention_mask: Tensor | None,
     ) -> Tensor:
-        """Map query contents (B, Q, C) to (B, Q, C), given reference boxes (B, Q, 4)."""
+        """Map query contents (B, Q, C) to (B, Q, C), given reference boxes (B, Q, 4) and the level to look at."""
         position = sine_embedding(reference_boxes[..., :2].detach(), self.dim, self.temperature).to(content.dtype)
         content = self.self_attention_norm(content + self.self_attention(content, position, attention_mask))
-        aligned = self.aligner(content, reference_boxes, level)
-        content = self.cross_attention_norm(content + self.cross_attention(aligned, level))
+        aligned = self.aligner(content, reference_boxes, levels[index])
+        seen = levels if getattr(self.cross_attention, "needs_all_levels", False) else levels[index]
+        content = self.cross_attention_norm(content + self.cross_attention(aligned, seen))
         return self.feedforward(content)
 
 
@@ -94,7 +100,14 @@ class Decoder(nn.Module):
 
     @configurable
     def __init__(
-        self, *, layers: list[nn.Module], dim: int, num_classes: int, prior_prob: float, recompute: bool = False
+        self,
+        *,
+        layers: list[nn.Module],
+        dim: int,
+        num_classes: int,
+        prior_prob: float,
+        refine_boxes: bool = True,
+        recompute: bool = False,
     ):
         """
         Args:
@@ -102,9 +115,11 @@ class Decoder(nn.Module):
             dim: model width C.
             num_classes: number of classes K.
             prior_prob: the score that every class starts with.
+            refine_boxes: whether each layer's box is the next one's reference box; else all start from the queries' own.
             recompute: whether each layer's activations are computed again in the backward pass instead of kept.
         """
         super().__init__()
+        self.refine_boxes = refine_boxes
         self.recompute = recompute
         self.layers = nn.ModuleList(layers)
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in layers)
@@ -138,6 +153,7 @@ class Decoder(nn.Module):
             "dim": node.HIDDEN_DIM,
             "num_classes": node.NUM_CLASSES,
             "prior_prob": node.PRIOR_PROB,
+            "refine_boxes": node.DECODER.BOX_REFINEMENT,
             "recompute": node.ACTIVATION_CHECKPOINTING,
         }
 
@@ -155,11 +171,12 @@ class Decoder(nn.Module):
         all_logits, all_boxes = [], []
         for i, level in enumerate(level_of_layer(len(self.layers), len(levels))):
             content = run_layer(
-                *(self.layers[i], content, reference_logits.sigmoid(), levels[level], queries.attention_mask),
+                *(self.layers[i], content, reference_logits.sigmoid(), levels, level, queries.attention_mask),
                 recompute=self.recompute,
             )
             box_logits = reference_logits + self.box_heads[i](content).float()
             all_logits.append(self.class_heads[i](content).float())
             all_boxes.append(box_logits.sigmoid())
-            reference_logits = box_logits.detach()  # each layer learns from its own loss only
+            if self.refine_boxes:
+                reference_logits = box_logits.detach()  # each layer learns from its own loss only
         return {"pred_logits": torch.stack(all_logits), "pred_boxes": torch.stack(all_boxes)}

@@ -1,6 +1,6 @@
 """Multi-scale deformable attention (Deformable DETR, section 4.1) without a compiled op of its own.
 
-Shapes: B images, N queries (here: pixels of all levels), C model width, M heads, V levels, P points a level,
+Shapes: B images, N queries (in the encoder: pixels of all levels), C model width, M heads, V levels, P points a level,
 S = sum of H_v * W_v.
 """
 
@@ -216,7 +216,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
         Args:
             query: (B, N, C).
-            reference_points: (B, N, V, 2), (x, y) in [0, 1] of each level's (padded) map.
+            reference_points: (B, N, M or 1, V, 2), (x, y) in [0, 1] of each level's (padded) map.
             memory: (B, S, C), the levels, flattened and concatenated.
             level_sizes: height and width of each level.
             padding_mask: (B, S), True at padded pixels, whose value is zero; or None.
@@ -232,7 +232,7 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         sizes = torch.tensor([(width, height) for height, width in level_sizes], dtype=torch.float32)
         sizes = sizes.to(query.device)[:, None]  # (V, 1, 2): offsets are in pixels
-        locations = reference_points.float()[:, :, None, :, None] + offsets / sizes
+        locations = reference_points.float()[..., None, :] + offsets / sizes
         weights = self.attention_weights(query).float().unflatten(-1, (self.num_heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (self.num_levels, self.num_points))
         return self.output(multi_scale_deformable_sampling(value, level_sizes, locations, weights))

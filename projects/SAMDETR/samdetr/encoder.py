@@ -142,13 +142,20 @@ class DeformableTransformerEncoderLayer(nn.Module):
         return self.feedforward(self.norm(x + attended))
 
 
+def in_padded_maps(points: Tensor, levels: list[FeatureLevel]) -> Tensor:
+    """Map points (..., 2) with the images first, in [0, 1] of the valid image, to (..., V, 2) in [0, 1] of each level's map."""
+    ratios = [level.valid_size / level.valid_size.new_tensor([level.size[1], level.size[0]]) for level in levels]
+    ratios = torch.stack(ratios, dim=1)  # (B, V, 2)
+    return points[..., None, :] * ratios.view(len(ratios), *[1] * (points.dim() - 2), *ratios.shape[1:])
+
+
 def encoder_reference_points(levels: list[FeatureLevel]) -> Tensor:
     """Where each pixel looks in each level: its own place in the valid image, in units of the level's padded map.
 
     Returns:
-        (B, N, V, 2) float32 for V levels.
+        (B, N, 1, V, 2) float32 for V levels, the same for all heads.
     """
-    places, ratios = [], []
+    places = []
     for level in levels:
         height, width = level.size
         valid_size = level.valid_size[:, None, None]  # (B, 1, 1, 2)
@@ -158,8 +165,7 @@ def encoder_reference_points(levels: list[FeatureLevel]) -> Tensor:
             indexing="ij",
         )
         places.append((torch.stack([x, y], dim=-1) / valid_size).flatten(1, 2))
-        ratios.append(level.valid_size / torch.tensor([width, height], dtype=torch.float32, device=valid_size.device))
-    return torch.cat(places, dim=1)[:, :, None] * torch.stack(ratios, dim=1)[:, None]
+    return in_padded_maps(torch.cat(places, dim=1)[:, :, None], levels)
 
 
 @ENCODER_REGISTRY.register()

@@ -24,7 +24,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from .checkpoint import CheckedCheckpointer
-from .checks import check_model, check_weights_file, merge_options
+from .checks import check_model, check_weights_file, merge_options, number_of_classes
 from .config import add_samdetr_config
 from .data import register_coco_format
 from .errors import UserError
@@ -51,7 +51,7 @@ def self_description(cfg: CfgNode) -> dict[str, Any]:
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if len(cfg.DATASETS.TRAIN) else None
     names = metadata and metadata.get("thing_classes")
     ids = metadata and metadata.get("thing_dataset_id_to_contiguous_id")
-    if names and len(names) != cfg.MODEL.SAMDETR.NUM_CLASSES:
+    if names and len(names) != number_of_classes(cfg)[1]:
         names = ids = None
     return {
         "config": cfg.dump(),

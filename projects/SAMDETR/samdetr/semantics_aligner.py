@@ -68,16 +68,18 @@ class SemanticsAligner(nn.Module):
         reduction: int,
         hidden_dims: list[int],
         temperature: float,
+        num_keypoints: int = 0,
         predict_scales: bool = False,
     ):
         """
         Args:
             dim: model width C.
-            num_heads: attention heads M; each has a keypoint of its own.
+            num_heads: attention heads M.
             pooled_size: RoIAlign's bins P along each side.
             reduction: the pooled features are reduced to C / reduction channels before the keypoint search.
             hidden_dims: widths of the hidden layers of the keypoint search.
             temperature: of the keypoints' sine embedding.
+            num_keypoints: representative keypoints of a query, dividing M, each shared by as many heads; 0: one a head.
             predict_scales: whether to predict (sx, sy) of a Gaussian at each keypoint, too.
         """
         super().__init__()
@@ -85,14 +87,19 @@ class SemanticsAligner(nn.Module):
             raise UserError(
                 f"MODEL.SAMDETR.ALIGNER.REDUCTION ({reduction}) does not divide MODEL.SAMDETR.HIDDEN_DIM ({dim})."
             )
+        if num_keypoints and num_heads % num_keypoints:
+            raise UserError(
+                f"MODEL.SAMDETR.ALIGNER.NUM_KEYPOINTS ({num_keypoints}) does not divide MODEL.SAMDETR.NUM_HEADS ({num_heads})."
+            )
         self.dim = dim
         self.num_heads = num_heads
+        self.num_keypoints = num_keypoints or num_heads
         self.pooled_size = pooled_size
         self.temperature = temperature
         self.predict_scales = predict_scales
         self.reduction = nn.Linear(dim, dim // reduction)
-        values_a_head = 4 if predict_scales else 2
-        self.keypoint_head = MLP([dim // reduction * pooled_size**2, *hidden_dims, values_a_head * num_heads])
+        values = (4 if predict_scales else 2) * self.num_keypoints
+        self.keypoint_head = MLP([dim // reduction * pooled_size**2, *hidden_dims, values])
         self.content_gate = nn.Linear(dim, num_heads * dim)
         self.position_gate = nn.Linear(dim, num_heads * dim)
         xavier_uniform_matrices_(self)
@@ -106,6 +113,7 @@ class SemanticsAligner(nn.Module):
             "pooled_size": node.ALIGNER.POOLED_SIZE,
             "reduction": node.ALIGNER.REDUCTION,
             "hidden_dims": list(node.ALIGNER.KEYPOINT_HIDDEN_DIMS),
+            "num_keypoints": node.ALIGNER.NUM_KEYPOINTS,
         }
 
     def forward(self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel) -> AlignedQuery:
@@ -143,7 +151,9 @@ class SemanticsAligner(nn.Module):
         reduced = roi_align(F.linear(features, self.reduction.weight), rows, columns)
         reduced = reduced + self.reduction.bias.to(reduced.dtype)
         values = self.keypoint_head(reduced.relu_().flatten(2)).float()
-        values = values.unflatten(-1, (-1, self.num_heads, 2))  # the keypoints of all heads, then their scales
+        values = values.unflatten(-1, (-1, self.num_keypoints, 2))  # all keypoints, then their scales
+        if self.num_keypoints < self.num_heads:
+            values = values.repeat_interleave(self.num_heads // self.num_keypoints, dim=-2)
         return values[..., 0, :, :].tanh(), values[..., 1, :, :] if self.predict_scales else None
 
     def resample(self, features: Tensor, rows: Tensor, columns: Tensor, keypoints: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """AdamW with a rate of its own for the backbone, and gradient clipping over the whole model (as published)."""
 
 import torch
+from detectron2.solver.build import build_optimizer as build_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 
 from .errors import UserError
@@ -37,12 +38,14 @@ class FullModelClippingAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Build AdamW from ``cfg.SOLVER``.
+    """Build the optimizer that ``cfg.SOLVER.OPTIMIZER`` names: detectron2's SGD, or AdamW.
 
-    Parameters below ``model.backbone`` learn at ``BASE_LR * BACKBONE_MULTIPLIER``, all others at ``BASE_LR``; frozen
-    ones are left out. Weight decay applies to everything, as published, unless ``WEIGHT_DECAY_NORM`` or
+    With AdamW, parameters below ``model.backbone`` learn at ``BASE_LR * BACKBONE_MULTIPLIER``, all others at ``BASE_LR``;
+    frozen ones are left out. Weight decay applies to everything, as published, unless ``WEIGHT_DECAY_NORM`` or
     ``WEIGHT_DECAY_BIAS`` say otherwise.
     """
+    if cfg.SOLVER.OPTIMIZER == "SGD":
+        return build_sgd(cfg, model)
     parameters = get_default_optimizer_params(
         model,
         base_lr=cfg.SOLVER.BASE_LR,

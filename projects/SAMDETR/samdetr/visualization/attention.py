@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from ..cross_attention import CrossAttention
+from ..cross_attention import DotProductAttention
 from ..decoder import level_of_layer
 from ..errors import UserError
 from ..structures import AlignedQuery, FeatureLevel
@@ -41,7 +41,7 @@ class RecordedLayer:
     reference_boxes: Tensor
     query: AlignedQuery
     level: FeatureLevel
-    cross_attention: CrossAttention
+    cross_attention: DotProductAttention
     output: Tensor
 
     def chosen(self, queries: Sequence[int]) -> AlignedQuery:
@@ -73,10 +73,10 @@ def record_attention(model: nn.Module) -> Iterator[list[RecordedLayer]]:
         UserError: the model's cross-attention is not one of this project's, so that nothing is known of its weights.
     """
     layers = model.decoder.layers
-    if not all(isinstance(layer.cross_attention, CrossAttention) for layer in layers):
+    if not all(isinstance(layer.cross_attention, DotProductAttention) for layer in layers):
         raise UserError(
-            f"{type(layers[0].cross_attention).__name__} does not tell its attention weights: only CrossAttention and "
-            "classes derived from it do."
+            f"{type(layers[0].cross_attention).__name__} does not tell its attention weights: only classes derived "
+            "from DotProductAttention do."
         )
     level_indices = level_of_layer(len(layers), len(model.in_features))
     recorded: list[RecordedLayer] = []
