@@ -21,6 +21,7 @@ __all__ = [
     "build_mini_resnet_backbone",
     "build_mini_resnet_fpn_backbone",
     "build_resnet_dc5_backbone",
+    "make_mini_stages",
     "optimize_backbone",
 ]
 
@@ -107,6 +108,16 @@ def build_resnet_dc5_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     return resnet
 
 
+def make_mini_stages(*, in_channels: int, out_channels: int, norm: str) -> list[list[nn.Module]]:
+    """res2 to res5 of one basic block each; ``out_channels`` are res2's, doubled by each further stage."""
+    stages = []
+    for stride in (1, 2, 2, 2):
+        channels = {"in_channels": in_channels, "out_channels": out_channels}
+        stages.append(ResNet.make_stage(BasicBlock, 1, stride_per_block=[stride], norm=norm, **channels))
+        in_channels, out_channels = out_channels, 2 * out_channels
+    return stages
+
+
 @BACKBONE_REGISTRY.register()
 def build_mini_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     """A ResNet with one basic block a stage, small enough to train from scratch on a CPU.
@@ -116,20 +127,7 @@ def build_mini_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     """
     node = cfg.MODEL.RESNETS
     stem = BasicStem(in_channels=input_shape.channels, out_channels=node.STEM_OUT_CHANNELS, norm=node.NORM)
-    stages = []
-    channels, out_channels = node.STEM_OUT_CHANNELS, node.RES2_OUT_CHANNELS
-    for stride in (1, 2, 2, 2):
-        stages.append(
-            ResNet.make_stage(
-                BasicBlock,
-                1,
-                stride_per_block=[stride],
-                in_channels=channels,
-                out_channels=out_channels,
-                norm=node.NORM,
-            )
-        )
-        channels, out_channels = out_channels, 2 * out_channels
+    stages = make_mini_stages(in_channels=node.STEM_OUT_CHANNELS, out_channels=node.RES2_OUT_CHANNELS, norm=node.NORM)
     return ResNet(stem, stages, out_features=node.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
 
 

@@ -1,12 +1,14 @@
 """AdamW with a rate of its own for the backbone, and gradient clipping over the whole model (as published)."""
 
+from functools import partial
+
 import torch
 from detectron2.solver.build import build_optimizer as build_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 
 from .errors import UserError
 
-__all__ = ["FullModelClippingAdamW", "build_optimizer"]
+__all__ = ["FullModelClippingAdamW", "backbone_lr_factor", "build_optimizer"]
 
 
 class FullModelClippingAdamW(torch.optim.AdamW):
@@ -37,6 +39,11 @@ class FullModelClippingAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
+def backbone_lr_factor(name: str, multiplier: float) -> float:
+    """The share of the learning rate for a parameter of that name: ``multiplier`` in the backbone, else 1."""
+    return multiplier if name.startswith("backbone.") else 1.0
+
+
 def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer that ``cfg.SOLVER.OPTIMIZER`` names: detectron2's SGD, or AdamW.
 
@@ -53,7 +60,7 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
         weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-        lr_factor_func=lambda name: cfg.SOLVER.BACKBONE_MULTIPLIER if name.startswith("backbone.") else 1.0,
+        lr_factor_func=partial(backbone_lr_factor, multiplier=cfg.SOLVER.BACKBONE_MULTIPLIER),
     )
     # One pass over the weights in place of a dozen.
     fused = all(p.device.type in ("cpu", "cuda") for group in parameters for p in group["params"])

@@ -1,0 +1,161 @@
+"""The models of the YAML configs as trees of LazyCalls, and what turns one into another."""
+
+from detectron2.config import LazyCall as L
+from detectron2.modeling.backbone import BasicStem, ResNet
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+
+from samdetr.baseline_attention import (
+    ConditionalCrossAttention,
+    DeformableCrossAttention,
+    MultiHeadCrossAttention,
+    SMCAMultiHeadCrossAttention,
+)
+from samdetr.criterion import SetCriterion
+from samdetr.cross_attention import CrossAttention, SMCACrossAttention
+from samdetr.decoder import Decoder, DecoderLayer
+from samdetr.encoder import DeformableTransformerEncoder, TransformerEncoder
+from samdetr.feature_projection import FeatureProjection
+from samdetr.matcher import HungarianMatcher
+from samdetr.meta_arch import SAMDETR
+from samdetr.query_generator import DenoisingQueryGenerator, LearnedQueryGenerator
+from samdetr.semantics_aligner import IdentityAligner, SemanticsAligner
+
+DIM, NUM_HEADS, TEMPERATURE = 256, 8, 10000.0
+FOCAL = {"focal_alpha": 0.25, "focal_gamma": 2.0}
+RESNET = {"stride_in_1x1": False, "norm": "FrozenBN"}
+
+
+def make_dc5_stages(*, depth: int, **options):
+    """The stages of a ResNet whose res5 keeps res4's stride, dilated from its second block on (torchvision's rule)."""
+    *stages, _ = ResNet.make_default_stages(depth, **options)
+    res5 = {"in_channels": 1024, "out_channels": 2048, "bottleneck_channels": 512, **options}
+    stages.append(
+        ResNet.make_stage(BottleneckBlock, 3, stride_per_block=[1, 1, 1], dilation_per_block=[1, 2, 2], **res5)
+    )
+    return stages
+
+
+def decoder_layer(dim: int = DIM, num_heads: int = NUM_HEADS, feedforward_dim: int = 2048):
+    size = {"dim": dim, "num_heads": num_heads}
+    return L(DecoderLayer)(
+        **size,
+        feedforward_dim=feedforward_dim,
+        temperature=TEMPERATURE,
+        aligner=L(SemanticsAligner)(
+            **size, pooled_size=7, reduction=4, hidden_dims=[256, 512, 512], temperature=TEMPERATURE
+        ),
+        cross_attention=L(CrossAttention)(**size),
+    )
+
+
+model = L(SAMDETR)(
+    backbone=L(ResNet)(
+        stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
+        stages=L(ResNet.make_default_stages)(depth=50, **RESNET),
+        out_features="${..in_features}",
+        freeze_at=2,
+    ),
+    in_features=["res5"],
+    feature_projection=L(FeatureProjection)(
+        in_channels=[2048], strides=[32], dim=DIM, num_groups=32, temperature=TEMPERATURE
+    ),
+    encoder=L(TransformerEncoder)(dim=DIM, num_heads=NUM_HEADS, feedforward_dim=2048, num_layers=6),
+    query_generator=L(LearnedQueryGenerator)(num_queries=300, dim=DIM),
+    decoder=L(Decoder)(
+        layers=[decoder_layer() for _ in range(6)], dim=DIM, num_classes="${..num_classes}", prior_prob=0.01
+    ),
+    criterion=L(SetCriterion)(
+        matcher=L(HungarianMatcher)(class_weight=2.0, l1_weight=5.0, giou_weight=2.0, **FOCAL),
+        class_weight=2.0,
+        l1_weight=5.0,
+        giou_weight=2.0,
+        **FOCAL,
+    ),
+    num_classes=80,
+    max_detections=100,
+    pixel_mean=[123.675, 116.280, 103.530],
+    pixel_std=[58.395, 57.120, 57.375],
+)
+
+
+def use_dc5(model) -> None:
+    """res5 at stride 16."""
+    model.backbone.stages = L(make_dc5_stages)(depth=50, **RESNET)
+    model.feature_projection.strides = [16]
+
+
+def use_deformable_encoder(model, feedforward_dim: int = 1024) -> None:
+    """Deformable DETR's encoder."""
+    encoder = model.encoder
+    size = {"dim": encoder.dim, "num_heads": encoder.num_heads, "num_layers": encoder.num_layers}
+    num_levels = len(model.in_features)
+    model.encoder = L(DeformableTransformerEncoder)(
+        **size, feedforward_dim=feedforward_dim, num_levels=num_levels, num_points=4
+    )
+
+
+def use_three_levels(model) -> None:
+    """SAM-DETR++: res3 to res5 and the deformable encoder."""
+    model.in_features = ["res3", "res4", "res5"]
+    model.feature_projection.update(in_channels=[512, 1024, 2048], strides=[8, 16, 32])
+    use_deformable_encoder(model)
+
+
+def use_no_projection_norm(model) -> None:
+    """As in the published single-scale 50-epoch models."""
+    model.feature_projection.num_groups = 0
+
+
+def use_cross_attention(model, attention, **options) -> None:
+    """One of CROSS_ATTENTION_REGISTRY in every decoder layer."""
+    for layer in model.decoder.layers:
+        layer.cross_attention = L(attention)(dim=layer.dim, num_heads=layer.num_heads, **options)
+        layer.aligner.predict_scales = getattr(attention, "needs_scales", False)
+
+
+def use_smca(model) -> None:
+    use_cross_attention(model, SMCACrossAttention, gaussian_beta=8.0)
+
+
+def use_denoising(model) -> None:
+    """DN-DETR's queries."""
+    queries = model.query_generator
+    model.query_generator = L(DenoisingQueryGenerator)(
+        num_queries=queries.num_queries,
+        dim=queries.dim,
+        num_classes="${..num_classes}",
+        num_groups=5,
+        max_denoising_queries=500,
+        box_noise=0.4,
+        label_noise=0.2,
+    )
+
+
+def use_no_aligner(model, attention, refine_boxes: bool, **options) -> None:
+    """A baseline: queries as they are, and another detector's cross-attention (docs/baselines.md)."""
+    for layer in model.decoder.layers:
+        layer.aligner = L(IdentityAligner)(dim=layer.dim, num_heads=layer.num_heads, temperature=layer.temperature)
+    use_cross_attention(model, attention, **options)
+    model.decoder.refine_boxes = refine_boxes
+
+
+def make_detr(model) -> None:
+    use_no_aligner(model, MultiHeadCrossAttention, refine_boxes=False)
+
+
+def make_conditional_detr(model) -> None:
+    use_no_aligner(model, ConditionalCrossAttention, refine_boxes=False)
+
+
+def make_dab_detr(model) -> None:
+    use_no_aligner(model, ConditionalCrossAttention, refine_boxes=True)
+
+
+def make_smca_detr(model) -> None:
+    use_no_aligner(model, SMCAMultiHeadCrossAttention, refine_boxes=False, gaussian_beta=8.0)
+
+
+def make_deformable_detr(model) -> None:
+    use_deformable_encoder(model)
+    num_levels = len(model.in_features)
+    use_no_aligner(model, DeformableCrossAttention, refine_boxes=False, num_levels=num_levels, num_points=4)

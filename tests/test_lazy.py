@@ -1,0 +1,134 @@
+"""The Python configs: the same models, optimizer, schedule and data as the YAML files, and detectron2's own trainer."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import detectron2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load_config, make_input, subprocess_environment
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+
+from samdetr.data.dataset_mapper import DetrDatasetMapper
+from samdetr.solver import build_optimizer
+
+LAZY = ROOT / "configs" / "lazy"
+
+
+def is_samdetr(path):
+    return load_config(path).MODEL.META_ARCHITECTURE == "SAMDETR"
+
+
+YAML = [path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("Base-")]
+YAML += [path for path in (ROOT / "configs" / "baselines").glob("*.yaml") if not path.stem.startswith("Base-")]
+NAMES = sorted(str(path.relative_to(ROOT / "configs").with_suffix("")) for path in YAML)
+NAMES = [name for name in NAMES if is_samdetr(name)]  # detectron2 ships Python configs of its own detectors
+
+
+def load_lazy(name):
+    return LazyConfig.load(str(LAZY / f"{name}.py"))
+
+
+def description(model):
+    """Every module's type and plain attributes, and every parameter's and buffer's shape."""
+    plain = (bool, int, float, str, type(None), Sequence)  # a LazyConfig's lists are Sequences, too
+    lines = []
+    for name, module in model.named_modules():
+        for key, value in sorted(vars(module).items()):
+            if isinstance(value, plain) and not key.startswith("_"):
+                value = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+                lines.append(f"{name}.{key} {type(module).__name__} {value}")
+    lines += [f"{name} {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()]
+    lines += [f"{name} {tuple(b.shape)}" for name, b in model.named_buffers()]
+    for part in (model.criterion, model.criterion.matcher):
+        lines += [f"{type(part).__name__}.{k} {v}" for k, v in vars(part).items() if isinstance(v, plain)]
+    return lines
+
+
+def test_every_model_has_a_python_config():
+    found = {str(path.relative_to(LAZY).with_suffix("")) for path in LAZY.rglob("*.py") if path.parent.name != "common"}
+    assert found == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_yaml_and_python_give_the_same_model_and_schedule(name):
+    lazy, cfg = load_lazy(name), load_config(name, "MODEL.DEVICE", "meta")
+    with torch.device("meta"):
+        ours, theirs = build_model(cfg), instantiate(lazy.model)
+    assert description(ours) == description(theirs)
+
+    expected = {}
+    for group in build_optimizer(cfg, ours).param_groups:
+        expected.update({id(p): (group["lr"], group["weight_decay"]) for p in group["params"]})
+    lazy.optimizer.update(fused=False)
+    lazy.optimizer.params.model = theirs
+    optimizer = instantiate(lazy.optimizer)
+    assert optimizer.max_norm == cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    pairs = [(id(a), id(b)) for a, b in zip(ours.parameters(), theirs.parameters()) if a.requires_grad]
+    assert len(pairs) == len(expected) == len(found)
+    for a, b in pairs:
+        assert found[b] == pytest.approx(expected[a])
+
+    end, step = cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS[0]
+    assert (lazy.train.max_iter, lazy.train.eval_period) == (end, cfg.TEST.EVAL_PERIOD)
+    assert lazy.train.checkpointer.period == cfg.SOLVER.CHECKPOINT_PERIOD
+    assert lazy.train.init_checkpoint == cfg.MODEL.WEIGHTS
+    assert lazy.dataloader.train.total_batch_size == cfg.SOLVER.IMS_PER_BATCH
+    factor = instantiate(lazy.lr_multiplier)
+    assert factor(0.0) == cfg.SOLVER.WARMUP_FACTOR
+    assert factor((step - 1) / end) == 1.0 and factor(step / end) == pytest.approx(cfg.SOLVER.GAMMA)
+
+
+@pytest.mark.parametrize("name", ["sam_detr_digits", "sam_detr_pp_digits"])
+def test_yaml_and_python_compute_the_same(name):
+    ours, theirs = build_model(load_config(name)).eval(), instantiate(load_lazy(name).model).eval()
+    theirs.load_state_dict(ours.state_dict())
+    inputs = [make_input(96, 128), make_input(64, 80)]
+    expected, found = ours.predict(inputs), theirs.predict(inputs)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["sam_detr_R_50_1x", "sam_detr_digits"])
+@pytest.mark.parametrize("training", [True, False])
+def test_yaml_and_python_see_the_same_images(name, training):
+    loader = load_lazy(name).dataloader
+    lazy = instantiate(loader.train.mapper if training else loader.test.mapper)
+    mapper = DetrDatasetMapper(load_config(name), is_train=training)
+    assert lazy.image_format == mapper.image_format
+    image = np.random.randint(0, 255, (300, 400, 3), dtype=np.uint8)
+    for seed in range(6):
+        seen = []
+        for augmentation in (lazy.augmentations, mapper.augmentations):
+            np.random.seed(seed)
+            inputs = T.AugInput(image)
+            augmentation(inputs)
+            seen.append(inputs.image)
+        assert np.array_equal(*seen)
+
+
+def test_values_of_a_python_config_can_be_overridden():
+    cfg = LazyConfig.apply_overrides(load_lazy("sam_detr_pp_digits"), ["model.num_classes=3"])
+    model = instantiate(cfg.model)
+    assert model.decoder.class_heads[0].out_features == 3
+    assert model.query_generator.label_embedding.num_embeddings == 4
+
+
+@pytest.mark.slow
+def test_detectron2s_lazyconfig_train_net_trains_and_evaluates(tmp_path):
+    tool = Path(detectron2.__file__).parents[1] / "tools" / "lazyconfig_train_net.py"
+    options = ["train.max_iter=3", f"train.output_dir={tmp_path}", "train.eval_period=3", "train.log_period=1"]
+    options += ["dataloader.train.total_batch_size=2", "dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
+    command = [sys.executable, str(tool), "--config-file", str(LAZY / "sam_detr_digits.py"), *options]
+    result = subprocess.run(command, env=subprocess_environment(), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "copypaste: AP,AP50" in result.stdout + result.stderr
+    trained = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    expected = build_model(load_config("sam_detr_digits")).state_dict()
+    assert {name: value.shape for name, value in trained.items()} == {n: v.shape for n, v in expected.items()}
+    assert not all(torch.equal(trained[name], expected[name]) for name in trained)
