@@ -58,6 +58,21 @@ def test_each_layer_learns_from_its_own_box_loss_only():
     assert gradient(0, model.query_generator.reference_logits).abs().min() > 0
 
 
+def test_without_refinement_every_layer_starts_from_the_querys_own_box():
+    model = tiny_model("MODEL.SAMDETR.DECODER.BOX_REFINEMENT", False).eval()
+    seen = []
+    for layer in model.decoder.layers:
+        layer.aligner.register_forward_hook(lambda module, args, output: seen.append(args[1]))
+    boxes = model.predict([make_input(64, 64)])["pred_boxes"]
+    reference = model.query_generator.reference_logits
+    assert all(torch.equal(box[0], reference.sigmoid()) for box in seen)
+    seen.clear()
+    with torch.no_grad():
+        model.decoder.box_heads[0].layers[-1].bias += 1.0
+    moved = model.predict([make_input(64, 64)])["pred_boxes"]
+    assert not torch.equal(moved[0], boxes[0]) and torch.equal(moved[1:], boxes[1:])
+
+
 def test_no_gradient_flows_through_the_sine_embedding_of_self_attention():
     model = tiny_model()
     layer = model.decoder.layers[0]

@@ -123,7 +123,11 @@ def test_values_of_a_python_config_can_be_overridden():
 def test_detectron2s_lazyconfig_train_net_trains_and_evaluates(tmp_path):
     tool = Path(detectron2.__file__).parents[1] / "tools" / "lazyconfig_train_net.py"
     options = ["train.max_iter=3", f"train.output_dir={tmp_path}", "train.eval_period=3", "train.log_period=1"]
-    options += ["dataloader.train.total_batch_size=2", "dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
+    options += [
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+        "dataloader.test.num_workers=0",
+    ]
     command = [sys.executable, str(tool), "--config-file", str(LAZY / "sam_detr_digits.py"), *options]
     result = subprocess.run(command, env=subprocess_environment(), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -14,12 +14,23 @@ from test_semantics_aligner import plain_align
 import samdetr
 from samdetr.structures import AlignedQuery
 
+
+def baseline(attention):
+    """A decoder without aligner and refinement."""
+    options = ["MODEL.SAMDETR.ALIGNER.NAME", "IdentityAligner", "MODEL.SAMDETR.DECODER.BOX_REFINEMENT", False]
+    return [*options, "MODEL.SAMDETR.CROSS_ATTENTION.NAME", attention]
+
+
 VARIANTS = {
     "plain": PLAIN,
     "smca": SMCA,
     "dn": [*PLAIN, *DN],
     "multi-scale": [*PLAIN, *MULTI_SCALE],
     "multi-scale smca dn": [*SMCA, *DN, *MULTI_SCALE],
+    "detr": baseline("MultiHeadCrossAttention"),
+    "conditional dn": [*baseline("ConditionalCrossAttention"), *DN],
+    "deformable": [*baseline("DeformableCrossAttention"), *MULTI_SCALE],
+    "shared keypoints": [*SMCA, "MODEL.SAMDETR.ALIGNER.NUM_KEYPOINTS", 2],
 }
 variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 TWO_BOXES = [(10, 12, 40, 50), (30, 5, 62, 33)]

@@ -118,3 +118,26 @@ def test_mixed_precision_takes_float32_features():
     assert torch.allclose(aligned.content.float(), exact.content, atol=0.1)
     aligned.content.sum().backward()
     assert level.features.grad.dtype == torch.float32 and level.features.grad.any()
+
+
+def test_keypoints_can_be_shared_by_heads():
+    aligner = SemanticsAligner(
+        dim=8, num_heads=4, pooled_size=3, reduction=2, hidden_dims=[6], temperature=10000.0, num_keypoints=2,
+        predict_scales=True,
+    )  # fmt: skip
+    torch.nn.init.normal_(aligner.keypoint_head.layers[-1].weight)
+    level = make_level(torch.randn(1, 4, 5, 8), [[5, 4]])
+    aligned = aligner(torch.randn(1, 3, 8), torch.rand(1, 3, 4), level)
+    assert aligner.keypoint_head.layers[-1].out_features == 2 * 4  # two keypoints with two scales each
+    for field in (aligned.keypoints, aligned.gaussian_scales):
+        assert field.shape == (1, 3, 4, 2)
+        assert torch.equal(field[:, :, 0], field[:, :, 1]) and torch.equal(field[:, :, 2], field[:, :, 3])
+        assert not torch.equal(field[:, :, 1], field[:, :, 2])
+    assert not torch.equal(aligned.content[:, :, 0], aligned.content[:, :, 1])  # weighted for each head by itself
+
+
+def test_keypoints_that_do_not_divide_the_heads():
+    with pytest.raises(ValueError, match=r"NUM_KEYPOINTS \(3\) does not divide MODEL.SAMDETR.NUM_HEADS \(4\)"):
+        SemanticsAligner(
+            dim=8, num_heads=4, pooled_size=3, reduction=2, hidden_dims=[6], temperature=1e4, num_keypoints=3
+        )

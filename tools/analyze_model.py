@@ -4,17 +4,25 @@
     tools/analyze_model.py --config-file configs/sam_detr_smca_R_50_1x.yaml
     tools/analyze_model.py --config-file configs/sam_detr_pp_R_50_1x.yaml --size 800 1066
     tools/analyze_model.py --config-file configs/sam_detr_R_50_1x.yaml --num-images 100
+    tools/analyze_model.py --config-file configs/baselines/fcos_R_50_FPN_1x.yaml
+    tools/analyze_model.py --published docs/published_results.csv > table.md
+
+--published makes a table of the paper's Table 1 with what is measured here beside it, for every row that a config here
+belongs to.
 
 Method: fvcore's FlopCountAnalysis of the evaluation model, one image; a fused multiply-add counts as one FLOP, as in the
 paper's and detectron2's tables. To what fvcore counts (convolutions, matrix products, norms, bilinear sampling) comes
 attention inside scaled_dot_product_attention. RoIAlign, which is matrix products here and which the published code's count
-leaves out (there it is a compiled op), has a row of its own.
+leaves out (there it is a compiled op), has a row of its own. detectron2's detectors are counted on an image of noise with
+random weights, RoIAlign and NMS left out; a two-stage detector's second stage depends on the number of proposals.
 """
 
 import argparse
 import contextlib
+import csv
 import sys
 from collections import Counter
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -33,6 +41,7 @@ from samdetr.errors import UserError
 
 # Params (M) and GFLOPs of the paper's Table 1 (GFLOPs: means over COCO images), by family; the same with SMCA and DN.
 PAPER = {"R_50": (57, 107), "DC5": (57, 229), "pp": (55, 203)}
+ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
     "backbone": "backbone",
     "feature_projection": "input projections",
@@ -78,24 +87,34 @@ def sampled_zeros(features, rows, columns):
     return features.new_zeros([int(n) for n in (*rows.shape[:2], features.shape[-1])])
 
 
+def analyze(model: nn.Module, inputs: tuple) -> Counter:
+    """Multiply-adds by module."""
+    analysis = FlopCountAnalysis(model, inputs)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
+    analysis.set_op_handle("aten::matmul", matmul_flops)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    return analysis.by_module()
+
+
 @torch.no_grad()
 def count_flops(model: nn.Module, height: int, width: int) -> Counter:
-    """Multiply-adds by part, RoIAlign's by itself under ``roi_align``; ``total`` is all of it.
+    """Multiply-adds by part; ``total`` is all of it.
 
     Args:
-        model: a SAMDETR in evaluation mode.
+        model: in evaluation mode; of a SAMDETR RoIAlign is counted by itself, too, under ``roi_align``.
         height, width: of the image, in pixels.
     """
+    if not isinstance(model, samdetr.SAMDETR):
+        image = 255 * torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+        modules = analyze(model, [{"image": image.to(model.device)}])
+        parts = {name: modules[f"model.{name}"] for name, _ in model.named_children()}
+        return Counter({**parts, "total": modules[""]})
     divisor = max(model.backbone.size_divisibility, 1)
     image = torch.zeros(1, 3, -(-height // divisor) * divisor, -(-width // divisor) * divisor, device=model.device)
     counted = []
     for replaced in ({}, {"roi_align": pooled_zeros, "sample_separably": sampled_zeros}):
         with mock.patch.multiple(samdetr.semantics_aligner, **replaced) if replaced else contextlib.nullcontext():
-            analysis = FlopCountAnalysis(ImageModel(model, (height, width)), (image,))
-            analysis.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
-            analysis.set_op_handle("aten::matmul", matmul_flops)
-            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-            counted.append(analysis.by_module())
+            counted.append(analyze(ImageModel(model, (height, width)), (image,)))
     modules, without_roi_align = counted
     prefix = "model.model."  # the tracing adapter's and this tool's wrapper
     counts = Counter({part: modules[prefix + part] for part in PARTS})
@@ -117,6 +136,8 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
         parameters = list(module.parameters())
         return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
+    if not isinstance(model, samdetr.SAMDETR):
+        return {**{name: of(child) for name, child in model.named_children()}, "total": of(model)}
     counts = {part: of(getattr(model, part)) for part in PARTS}
     for part in DECODER_PARTS:
         modules = [getattr(layer, part) for layer in model.decoder.layers if hasattr(layer, part)]
@@ -127,11 +148,83 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def family_of(cfg) -> str | None:
     """Which of the paper's rows a config of this project belongs to."""
+    if cfg.MODEL.META_ARCHITECTURE != "SAMDETR" or cfg.MODEL.SAMDETR.ALIGNER.NAME != "SemanticsAligner":
+        return None
     if cfg.MODEL.RESNETS.DEPTH != 50 or cfg.MODEL.SAMDETR.HIDDEN_DIM != 256 or cfg.MODEL.SAMDETR.NUM_CLASSES != 80:
         return None
     if len(cfg.MODEL.SAMDETR.IN_FEATURES) == 3:
         return "pp"
     return "DC5" if cfg.MODEL.RESNETS.RES5_DILATION == 2 else "R_50"
+
+
+# Rows of the paper's Table 1, without their backbone's name, and the configs that stand for them here.
+NAMES_HERE = {
+    "SAM-DETR": "sam_detr{}",
+    "SAM-DETR w/ SMCA": "sam_detr_smca{}",
+    "SAM-DETR w/ DN": "sam_detr_dn{}",
+    "SAM-DETR w/ SMCA + DN": "sam_detr_smca_dn{}",
+    "SAM-DETR++": "sam_detr_pp{}",
+    "SAM-DETR++ w/ SMCA": "sam_detr_pp_smca{}",
+    "SAM-DETR++ w/ SMCA + DN": "sam_detr_pp_smca_dn{}",
+    "DETR (300 queries + focal loss)": "baselines/detr{}",
+    "Conditional-DETR": "baselines/conditional_detr{}",
+    "DAB-DETR": "baselines/dab_detr{}",
+    "DN-DETR": "baselines/dn_detr{}",
+    "SMCA-DETR": "baselines/smca_detr{}",
+    "Deformable-DETR": "baselines/deformable_detr{}",
+    "Faster-R-CNN": "baselines/faster_rcnn{}",
+    "Cascade-R-CNN": "baselines/cascade_rcnn{}",
+    "FCOS": "baselines/fcos{}",
+}
+
+
+def config_of_row(row: dict) -> Path | None:
+    """The config that stands for a row of the paper's Table 1, if there is one."""
+    method = row["method"]
+    for backbone in ("-R50-FPN", "-R50-DC5", "-R50"):
+        method = method.replace(backbone, "")
+    name = NAMES_HERE.get(method)
+    if name is None:
+        return None
+    ours = name.startswith("sam_detr") or "detr" in name
+    kinds = {"R50": "", "R50-DC5": "_DC5", "R50-MS": "" if ours else "_FPN"}
+    if row["backbone"] == "R50" and not ours:
+        kinds["R50"] = "_C4"
+    if row["backbone"] == "R50-MS" and name.startswith("baselines") and ours:
+        name = name.replace("{}", "_pp{}")
+    path = ROOT / "configs" / f"{name.format('_R_50' + kinds[row['backbone']])}_1x.yaml"
+    return path if path.is_file() else None
+
+
+def print_published(path: Path, size: tuple[int, int]) -> None:
+    """Print the paper's table with this project's parameters and multiply-adds beside it."""
+    rows = []
+    for row in csv.DictReader(path.read_text().splitlines()):
+        config = config_of_row(row)
+        here = ["", "", "no config here", ""]
+        if config is not None:
+            cfg = get_cfg()
+            samdetr.add_samdetr_config(cfg)
+            merge_options(cfg, str(config), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+            model = build_model(cfg).eval()
+            flops, parameters = count_flops(model, *size), count_parameters(model)["total"][0]
+            name = str(config.relative_to(ROOT / "configs").with_suffix(""))
+            here = [f"{parameters / 1e6:.1f}", f"{flops['total'] / 1e9:.0f}", f"`{name}`", "not trained here"]
+        paper = [
+            row["params_M"],
+            row["gflops"],
+            row["AP"],
+            row["AP50"],
+            row["AP75"],
+            row["APs"],
+            row["APm"],
+            row["APl"],
+        ]
+        rows.append([row["method"], *paper, *here])
+        print(f"{row['method']}: done", file=sys.stderr)
+    headers = ["method", "params (M)", "GFLOPs", "AP", "AP50", "AP75", "APs", "APm", "APl"]
+    headers += ["params (M) here", "GFLOPs here", "config", "AP here"]
+    print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 
 def image_sizes(arguments, cfg) -> list[tuple[int, int]]:
@@ -149,17 +242,21 @@ def image_sizes(arguments, cfg) -> list[tuple[int, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="a config of this project")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config-file", help="a config of this project")
+    what.add_argument(
+        "--published", type=Path, metavar="CSV", help="the paper's table, to print with figures from here"
+    )
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1066), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--num-images", type=int, default=0, help="average over the first N images of DATASETS.TEST")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options, KEY VALUE")
     arguments = parser.parse_args()
+    if arguments.published:
+        return print_published(arguments.published, tuple(arguments.size))
     cfg = get_cfg()
     samdetr.add_samdetr_config(cfg)
     try:
         merge_options(cfg, arguments.config_file, arguments.opts)
-        if cfg.MODEL.META_ARCHITECTURE != "SAMDETR":
-            raise UserError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}: this tool counts SAMDETR.")
         cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
         sizes = image_sizes(arguments, cfg)
     except UserError as error:
@@ -175,11 +272,14 @@ def main() -> None:
         total, trainable = parameters.get(part, (0, 0))
         return [label, f"{total / 1e6:.2f}", f"{trainable / 1e6:.2f}", f"{flops[part] / 1e9:.1f}"]
 
-    rows = [row(label, part) for part, label in PARTS.items()]
-    rows += [row(f"  of it {part.replace('_', ' ')}", f"decoder.{part}") for part in DECODER_PARTS]
-    rows.append(["  of it RoIAlign", "", "", f"{flops['roi_align'] / 1e9:.1f}"])
-    rows.append(row("total", "total"))
-    rows.append(["total without RoIAlign", "", "", f"{(flops['total'] - flops['roi_align']) / 1e9:.1f}"])
+    if isinstance(model, samdetr.SAMDETR):
+        rows = [row(label, part) for part, label in PARTS.items()]
+        rows += [row(f"  of it {part.replace('_', ' ')}", f"decoder.{part}") for part in DECODER_PARTS]
+        rows.append(["  of it RoIAlign", "", "", f"{flops['roi_align'] / 1e9:.1f}"])
+        rows.append(row("total", "total"))
+        rows.append(["total without RoIAlign", "", "", f"{(flops['total'] - flops['roi_align']) / 1e9:.1f}"])
+    else:
+        rows = [row(part, part) for part in parameters]
     family = family_of(cfg)
     if family:
         rows.append(["the paper's Table 1", PAPER[family][0], "", PAPER[family][1]])
