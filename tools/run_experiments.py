@@ -116,7 +116,8 @@ def config_of(entry: Run, seed: int, folder: Path):
 
 def read_curve(folder: Path, max_iter: int) -> list[list[float]]:
     """``[[step, seconds, AP], ...]`` of a run until now; AP is 0 where nothing was detected."""
-    if not (folder / "metrics.json").is_file():
+    path = folder / "metrics.json"
+    if not path.is_file() or not path.stat().st_size:  # a run that has just begun has an empty one
         return []
     metrics = read_metrics(folder)
     step_time = statistics.median(value for _, _, value in metrics.get("time", [(0, 0, 0.0)]))

@@ -159,3 +159,5 @@ def make_deformable_detr(model) -> None:
     use_deformable_encoder(model)
     num_levels = len(model.in_features)
     use_no_aligner(model, DeformableCrossAttention, refine_boxes=False, num_levels=num_levels, num_points=4)
+    for layer in model.decoder.layers:
+        layer.feedforward_dim = 1024
