@@ -6,8 +6,9 @@
     tools/run_experiments.py --experiment tools/experiments/digits.yaml --output docs --report-only
 
 Each run is a ``train_net.py`` of its own in OUTPUT/runs/NAME/seedN. Whatever stops this tool, the same command goes on from
-the last checkpoints; runs that are complete are not touched. After each run it writes OUTPUT/experiments.json (the raw
-curves), experiments.md (the table) and experiments.png (the plot); --report-only draws the last two anew from the first.
+the last checkpoints; runs that are complete are not touched (an evaluation that was cut off is missing from its curve).
+After each run it writes OUTPUT/experiments.json (the raw curves), experiments.md (the table) and experiments.png (the
+plot); --report-only draws the last two anew from the first.
 
 Seconds are the median time of a run's steps times the steps: training alone, without evaluation, and of this machine.
 """
