@@ -13,8 +13,8 @@ belongs to.
 Method: fvcore's FlopCountAnalysis of the evaluation model, one image; a fused multiply-add counts as one FLOP, as in the
 paper's and detectron2's tables. To what fvcore counts (convolutions, matrix products, norms, bilinear sampling) comes
 attention inside scaled_dot_product_attention. RoIAlign, which is matrix products here and which the published code's count
-leaves out (there it is a compiled op), has a row of its own. detectron2's detectors are counted on an image of noise with
-random weights, RoIAlign and NMS left out; a two-stage detector's second stage depends on the number of proposals.
+leaves out (there it is a compiled op), has a row of its own. detectron2's detectors are counted without RoIAlign and NMS; a
+two-stage detector's second stage gets as many proposals as it takes at most (RPN.POST_NMS_TOPK_TEST).
 """
 
 import argparse
@@ -97,6 +97,16 @@ def analyze(model: nn.Module, inputs: tuple) -> Counter:
 
 
 @torch.no_grad()
+def propose_anchors(model: nn.Module) -> None:
+    """Let a two-stage detector's first stage propose its anchors, all of them good, so that the second gets its full number."""
+    first_stage = getattr(model, "proposal_generator", None)
+    if first_stage is not None:
+        for parameter in first_stage.rpn_head.anchor_deltas.parameters():
+            parameter.zero_()
+        first_stage.nms_thresh = 1.0
+
+
+@torch.no_grad()
 def count_flops(model: nn.Module, height: int, width: int) -> Counter:
     """Multiply-adds by part; ``total`` is all of it.
 
@@ -106,6 +116,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> Counter:
     """
     if not isinstance(model, samdetr.SAMDETR):
         image = 255 * torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+        propose_anchors(model)
         modules = analyze(model, [{"image": image.to(model.device)}])
         parts = {name: modules[f"model.{name}"] for name, _ in model.named_children()}
         return Counter({**parts, "total": modules[""]})

@@ -144,9 +144,12 @@ class DeformableTransformerEncoderLayer(nn.Module):
 
 def in_padded_maps(points: Tensor, levels: list[FeatureLevel]) -> Tensor:
     """Map points (..., 2) with the images first, in [0, 1] of the valid image, to (..., V, 2) in [0, 1] of each level's map."""
-    ratios = [level.valid_size / level.valid_size.new_tensor([level.size[1], level.size[0]]) for level in levels]
-    ratios = torch.stack(ratios, dim=1)  # (B, V, 2)
-    return points[..., None, :] * ratios.view(len(ratios), *[1] * (points.dim() - 2), *ratios.shape[1:])
+    ratios = []
+    for level in levels:
+        height, width = level.size
+        ratios.append(level.valid_size / torch.tensor([width, height], dtype=torch.float32, device=points.device))
+    ratios = torch.stack(ratios, dim=1)[(slice(None), *[None] * (points.dim() - 2))]  # (B, 1, ..., V, 2)
+    return points[..., None, :] * ratios
 
 
 def encoder_reference_points(levels: list[FeatureLevel]) -> Tensor:
