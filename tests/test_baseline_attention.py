@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import make_input, tiny_model
 from test_cross_attention import make_query
 from test_encoder import make_level
 from torch.nn import functional as F
 
+from samdetr import cross_attention
 from samdetr.baseline_attention import (
     ConditionalCrossAttention,
     DeformableCrossAttention,
@@ -112,6 +113,41 @@ def test_padding_is_invisible(kind):
     if kind == "deformable":
         padded, alone = [padded], [alone]
     assert torch.allclose(module(query, padded), module(query, alone), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [MultiHeadCrossAttention, ConditionalCrossAttention])
+def test_gradients_are_those_of_the_plain_attention(kind, monkeypatch):
+    """Also where keys lie in memory with the heads inside the pixels, and several images make a block."""
+    module = kind(**SIZE)
+    query, level = make_query(), make_level(torch.randn(2, 4, 5, 16), [[5, 4], [3, 2]])
+    gradient = torch.randn(2, 3, 16)
+    gradients = []
+    for function in (cross_attention.attend, cross_attention.attend_plain):
+        monkeypatch.setattr(cross_attention, "attend", function)
+        output = module(query, level)
+        gradients.append(torch.autograd.grad(output, list(module.parameters()), gradient))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
+    assert all(g.any() for (name, _), g in zip(module.named_parameters(), gradients[0]) if name.endswith("weight"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("MultiHeadCrossAttention", "SMCAMultiHeadCrossAttention"),
+        *("ConditionalCrossAttention", "DeformableCrossAttention"),
+    ],
+)
+def test_mixed_precision_trains(name):
+    """The backward pass runs outside autocast, as detectron2 and torch want it."""
+    model = tiny_model(*("MODEL.SAMDETR.ALIGNER.NAME", "IdentityAligner", "MODEL.SAMDETR.CROSS_ATTENTION.NAME", name))
+    inputs = [make_input(64, 64, [(5, 5, 40, 50)], [7])]
+    exact = sum(model(inputs).values())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(inputs)
+    total = sum(losses.values())
+    assert total.item() == pytest.approx(exact.item(), rel=0.05)
+    total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_attention_to_a_few_points_has_no_picture():

@@ -98,13 +98,19 @@ def test_initial_state():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_blocks_give_what_the_plain_attention_gives(monkeypatch, elements, groups, bias, padded):
-    """Query by query, some queries at a time, and several images at a time: outputs and gradients."""
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_give_what_the_plain_attention_gives(monkeypatch, elements, groups, bias, padded, transposed):
+    """Query by query, some queries at a time, and several images at a time: outputs and gradients.
+
+    Keys and values may lie in memory with the heads inside the pixels, as splitting channels into heads leaves them.
+    """
     monkeypatch.setitem(layers._BLOCK_ELEMENTS, "cpu", elements)
     shapes = {"v": (3, 2, 20, 4), "q": (3, 2, 7, 8), "k": (3, groups, 20, 8), "x": (3, 2, 7, 5), "y": (3, 2, 7, 4)}
     tensors = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items() if bias or name in "vqk"}
     mask = make_level(torch.randn(3, 4, 5, 1), [[5, 4], [3, 2], [5, 1]]).padding_mask if padded else None
     v, q, k, x, y = (tensors.get(name) for name in shapes)
+    if transposed:
+        v, q, k = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (v, q, k))
     found, expected = (function(v, q, k, mask, x, y) for function in (attend, attend_plain))
     assert torch.allclose(found, expected, atol=1e-6)
     gradient = torch.randn_like(found)

@@ -352,6 +352,12 @@ def test_resuming_a_run_of_another_architecture_is_refused(tmp_path):
         train(trainer_config(tmp_path, "MODEL.SAMDETR.NUM_QUERIES", 5), resume=True)
 
 
+def test_resuming_with_another_optimizer_is_refused(tmp_path):
+    train(trainer_config(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)))
+    with pytest.raises(UserError, match=r"SOLVER\.OPTIMIZER is 'SGD', but the checkpoint .* was trained with 'AdamW'"):
+        train(trainer_config(tmp_path, "SOLVER.OPTIMIZER", "SGD"), resume=True)
+
+
 def test_a_seeded_run_repeats_itself_for_any_number_of_workers(tmp_path):
     first = train(trainer_config(tmp_path / "a", "SOLVER.MAX_ITER", 3))
     second = train(trainer_config(tmp_path / "b", "SOLVER.MAX_ITER", 3, "DATALOADER.NUM_WORKERS", 2))

@@ -93,6 +93,8 @@ def test_plot(tmp_path):
 def test_curves_are_read_from_the_metrics(tmp_path):
     """Steps are counted from one, seconds are the median step time, NaN (nothing detected) is an AP of 0."""
     assert read_curve(tmp_path, 6) == []
+    (tmp_path / "metrics.json").write_text('{"iteration": 1, "ti')  # killed while it wrote its first line
+    assert read_curve(tmp_path, 6) == []
     entries = [
         {"iteration": 1, "time": 0.1},
         {"iteration": 2, "bbox/AP": float("nan")},
@@ -118,6 +120,7 @@ def test_curves_are_read_from_the_metrics(tmp_path):
             "goals: []\ngroups: [{title: t, runs: [{name: b, config: c, seeds: [1]}, {name: b, config: c, seeds: [1]}]}]",
             "several runs named 'b'",
         ),
+        ("goals: []\ngroups: [{title: t, runs: [{name: b, config: c, seeds: 3}]}]", "is not an experiment"),
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path, text, message):
@@ -129,10 +132,10 @@ def test_mistakes_in_a_run_come_to_light_before_anything_is_trained(tmp_path):
     text = experiment_file(tmp_path).read_text().replace("NUM_QUERIES", "NUM_QUERYS")
     experiment = read_experiment(experiment_file(tmp_path, text))
     with pytest.raises(UserError, match=r"NUM_QUERYS.*Did you mean"):
-        run_experiments.train(experiment, tmp_path, [], jobs=1, threads=1)
+        run_experiments.train(experiment, tmp_path, [], jobs=1, threads=1, lock=0)
     text = experiment_file(tmp_path).read_text().replace("[MODEL.SAMDETR.NUM_QUERIES, 6]", "[TEST.EVAL_PERIOD, 0]")
     with pytest.raises(UserError, match=r"fast: TEST\.EVAL_PERIOD is 0, so that there is no curve"):
-        run_experiments.train(read_experiment(experiment_file(tmp_path, text)), tmp_path, [], jobs=1, threads=1)
+        run_experiments.train(read_experiment(experiment_file(tmp_path, text)), tmp_path, [], jobs=1, threads=1, lock=0)
     assert not list(tmp_path.rglob("metrics.json"))
 
 
@@ -142,15 +145,22 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     run_experiments.keep_config(run_experiments.config_of(entry, 1, folder), folder)
     run_experiments.keep_config(run_experiments.config_of(entry, 1, folder), folder)
     entry.options = ["SOLVER.BASE_LR", "0.1"]
-    with pytest.raises(UserError, match="holds a run of another config"):
+    run_experiments.keep_config(
+        run_experiments.config_of(entry, 1, folder), folder
+    )  # nothing has been trained there yet
+    (folder / "stdout.txt").touch()
+    run_experiments.keep_config(run_experiments.config_of(entry, 1, folder), folder)
+    entry.options = ["SOLVER.BASE_LR", "0.2"]
+    with pytest.raises(UserError, match=r"holds a run of another config, which differs in SOLVER\.BASE_LR"):
         run_experiments.keep_config(run_experiments.config_of(entry, 1, folder), folder)
 
 
 def test_results_without_curves_are_refused(tmp_path):
-    for text in ("{", "[{}]", '[{"name": "a", "config": "b", "seed": 1, "curve": []}]'):
+    other = json.dumps([result("other", 1, (1, 1.0, 1.0))])
+    for text in ("{", "[{}]", other, '[{"name": "a", "config": "b", "seed": 1, "curve": []}]'):
         (tmp_path / "experiments.json").write_text(text)
         with pytest.raises(UserError, match="has no curves to report"):
-            read_results(tmp_path / "experiments.json")
+            read_results(tmp_path / "experiments.json", {"a"})
 
 
 def tool(*arguments):
@@ -165,7 +175,10 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path):
     with (tmp_path / "out" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = tool("--experiment", experiment_file(tmp_path), "--output", tmp_path / "out")
-        assert "another run_experiments.py works there" in process.communicate(timeout=120)[0]
+        assert (
+            "another run_experiments.py, or a run that it has started, works there"
+            in process.communicate(timeout=120)[0]
+        )
     assert process.returncode == 1
 
 
@@ -218,6 +231,7 @@ groups:
 
 def test_the_documented_table_is_that_of_the_documented_curves():
     experiment = read_experiment(ROOT / "tools" / "experiments" / "digits.yaml")
-    table = make_table(experiment, read_results(ROOT / "docs" / "experiments.json"))
+    names = {run.name for run in experiment.runs}
+    table = make_table(experiment, read_results(ROOT / "docs" / "experiments.json", names))
     assert table in (ROOT / "docs" / "results.md").read_text()
-    assert {"detr_baseline", "sam_detr"} <= {run.name for run in experiment.runs}
+    assert {"detr_baseline", "sam_detr"} <= names

@@ -107,3 +107,16 @@ def test_a_checkpoint_of_another_layout_is_resumed_exactly(clip):
         step(optimizer, model, gradients[1])
     for a, b in zip(*(model.parameters() for model in models)):
         assert torch.allclose(a, b, atol=1e-7)
+
+
+def test_gradients_are_clipped_before_they_are_unscaled_by_the_same_norm():
+    """A GradScaler leaves unscaling to a fused optimizer, as detectron2's AMPTrainer does."""
+    results = []
+    for scaled in (False, True):
+        parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        optimizer = FullModelClippingAdamW([parameter], lr=0.1, eps=1.0, max_norm=0.1, fused=True)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
+        scaler.scale((parameter * torch.tensor([3.0, 4.0])).sum()).backward()
+        scaler.step(optimizer)
+        results.append(parameter.detach().clone())
+    assert torch.allclose(*results) and not torch.allclose(results[0], torch.tensor([1.0, 2.0]))

@@ -263,7 +263,12 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options, KEY VALUE")
     arguments = parser.parse_args()
     if arguments.published:
-        return print_published(arguments.published, tuple(arguments.size))
+        if arguments.opts or arguments.num_images:
+            parser.error("--published takes no other option than --size")
+        try:
+            return print_published(arguments.published, tuple(arguments.size))
+        except (OSError, KeyError) as error:
+            sys.exit(f"error: --published {arguments.published} is not the paper's table ({error})")
     cfg = get_cfg()
     samdetr.add_samdetr_config(cfg)
     try:

@@ -43,7 +43,7 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
 import samdetr
-from samdetr.checks import merge_options, number_of_classes
+from samdetr.checks import merge_options
 from samdetr.engine.train_step import TrainStep
 from samdetr.errors import UserError
 from samdetr.solver import build_optimizer
@@ -210,7 +210,8 @@ def measure(
     torch.set_flush_denormal(True)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     model = build_model(cfg).train(task != "inference")
-    _, classes = number_of_classes(cfg)
+    nodes = {"SAMDETR": "SAMDETR", "RetinaNet": "RETINANET", "build_fcos": "RETINANET"}
+    classes = cfg.MODEL[nodes.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")].NUM_CLASSES
     step = make_step(cfg, task, model, RandomBatches(batch, size, boxes, classes))
     start = resident_kibibytes()
     times = []

@@ -81,12 +81,13 @@ def read_experiment(path: Path) -> Experiment:
         for group in content["groups"]:
             runs = [Run(**entry) for entry in group.pop("runs")]
             for entry in runs:
+                entry.seeds = [int(seed) for seed in entry.seeds]
                 entry.options = [str(option) for option in entry.options]
             groups.append(Group(runs=runs, **group))
         experiment = Experiment(list(content["goals"]), groups)
     except OSError as error:
         raise UserError(f"--experiment {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"--experiment {path} is not an experiment ({type(error).__name__}: {error}): it needs 'goals' and 'groups', "
             "each with 'title', 'runs' (name, config, seeds, perhaps options) and perhaps 'also'."
@@ -102,17 +103,49 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def config_of(entry: Run, seed: int, folder: Path):
-    """The full config of a run, checked, so that no mistake comes to light hours later."""
+    """The full config of a run."""
     cfg = get_cfg()
     samdetr.add_samdetr_config(cfg)
     merge_options(cfg, str(ROOT / entry.config), [*entry.options, "SEED", str(seed), "OUTPUT_DIR", str(folder)])
+    return cfg
+
+
+def check_run(entry: Run, cfg) -> None:
+    """Refuse now what would come to light hours later."""
     check_config(cfg, training=True)
     if not 0 < cfg.TEST.EVAL_PERIOD <= cfg.SOLVER.MAX_ITER:
         raise UserError(
             f"{entry.name}: TEST.EVAL_PERIOD is {cfg.TEST.EVAL_PERIOD}, so that there is no curve: it must be between 1 and "
             f"SOLVER.MAX_ITER ({cfg.SOLVER.MAX_ITER})."
         )
-    return cfg
+
+
+def differences(cfg, folder: Path) -> list[str]:
+    """Keys whose values in a run's folder are not the config's; where the folder lies does not matter."""
+    kept, wanted = (flatten(yaml.safe_load(text)) for text in ((folder / "experiment.yaml").read_text(), cfg.dump()))
+    return [key for key in sorted({*kept, *wanted}) if key != "OUTPUT_DIR" and kept.get(key) != wanted.get(key)]
+
+
+def flatten(node: dict, prefix: str = "") -> dict:
+    """Nested keys, joined by dots."""
+    result = {}
+    for key, value in node.items():
+        result.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return result
+
+
+def keep_config(cfg, folder: Path) -> None:
+    """Keep the run's config in its folder; refuse one where another config has been trained: its curve would be of two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "experiment.yaml"
+    if kept.exists() and (folder / "stdout.txt").exists():
+        keys = differences(cfg, folder)
+        if keys:
+            raise UserError(
+                f"{folder} holds a run of another config, which differs in {', '.join(keys[:5])}: name another --output, or "
+                "move that folder away."
+            )
+    kept.write_text(cfg.dump())
 
 
 def read_curve(folder: Path, max_iter: int) -> list[list[float]]:
@@ -120,15 +153,21 @@ def read_curve(folder: Path, max_iter: int) -> list[list[float]]:
     path = folder / "metrics.json"
     if not path.is_file() or not path.stat().st_size:  # a run that has just begun has an empty one
         return []
-    metrics = read_metrics(folder)
+    try:
+        metrics = read_metrics(folder)
+    except UserError:  # one unfinished line
+        return []
     step_time = statistics.median(value for _, _, value in metrics.get("time", [(0, 0, 0.0)]))
     # detectron2 counts from 0 during training, and names the last evaluation by the number of steps.
     curve = {min(int(i) + 1, max_iter): 0.0 if ap != ap else ap for i, _, ap in metrics.get("bbox/AP", [])}
     return [[step, round(step * step_time, 2), round(ap, 3)] for step, ap in curve.items()]
 
 
-def train(experiment: Experiment, output: Path, only: list[str], jobs: int, threads: int) -> bool:
-    """Train what is not complete yet, ``jobs`` runs at a time; whether all succeeded."""
+def train(experiment: Experiment, output: Path, only: list[str], jobs: int, threads: int, lock: int) -> bool:
+    """Train what is not complete yet, ``jobs`` runs at a time; whether all succeeded.
+
+    The runs inherit the file descriptor ``lock``, so that the folder stays locked while one of them goes on without this tool.
+    """
     waiting, max_iters = [], {}
     for group in experiment.groups:  # the seeds take turns, so that an early end leaves something of every run
         for seed in sorted({seed for entry in group.runs for seed in entry.seeds}):
@@ -136,6 +175,7 @@ def train(experiment: Experiment, output: Path, only: list[str], jobs: int, thre
                 if seed in entry.seeds and (not only or entry.name in only):
                     folder = entry.folder(output, seed)
                     cfg = config_of(entry, seed, folder)
+                    check_run(entry, cfg)
                     keep_config(cfg, folder)
                     waiting.append((entry, seed, folder))
                     max_iters[folder] = cfg.SOLVER.MAX_ITER
@@ -158,7 +198,8 @@ def train(experiment: Experiment, output: Path, only: list[str], jobs: int, thre
                 command += ["--config-file", str(ROOT / entry.config), *entry.options]
                 command += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
                 with (folder / "stdout.txt").open("a") as log:
-                    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                    options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment, "pass_fds": [lock]}
+                    process = subprocess.Popen(command, **options)
                 running[process] = (entry, seed, folder)
             time.sleep(0.5)
             for process in [process for process in running if process.poll() is not None]:
@@ -184,26 +225,16 @@ def train(experiment: Experiment, output: Path, only: list[str], jobs: int, thre
     return not failed
 
 
-def keep_config(cfg, folder: Path) -> None:
-    """Keep the run's config in its folder; refuse a folder with another one, whose curve would be of two runs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kept, text = folder / "experiment.yaml", cfg.dump()
-    if kept.exists() and kept.read_text() != text:
-        raise UserError(
-            f"{folder} holds a run of another config ({kept}): name another --output, or move that folder away."
-        )
-    kept.write_text(text)
-
-
 def collect(experiment: Experiment, output: Path) -> list[dict]:
-    """The curves of all complete runs."""
+    """The curves of all runs that are complete and of the experiment's configs."""
     results = []
     for entry in experiment.runs:
         for seed in entry.seeds:
             folder = entry.folder(output, seed)
-            if not (folder / "experiment.yaml").is_file():
+            cfg = config_of(entry, seed, folder)
+            if not (folder / "experiment.yaml").is_file() or differences(cfg, folder):
                 continue
-            max_iter = yaml.safe_load((folder / "experiment.yaml").read_text())["SOLVER"]["MAX_ITER"]
+            max_iter = cfg.SOLVER.MAX_ITER
             curve = read_curve(folder, max_iter)
             if curve and curve[-1][0] == max_iter:
                 results.append({"name": entry.name, "config": entry.config, "seed": seed, "curve": curve})
@@ -302,17 +333,23 @@ def draw_mean(axis, curves: list, column: int, name: str, color: str, goals: lis
 def report(experiment: Experiment, results: list[dict], output: Path) -> None:
     """Write experiments.json, experiments.md and experiments.png."""
     lines = ",\n".join(json.dumps(result) for result in results)  # a run a line
-    (output / "experiments.json").write_text(f"[\n{lines}\n]\n")
+    unfinished = output / "experiments.json.part"
+    unfinished.write_text(f"[\n{lines}\n]\n")
+    unfinished.replace(output / "experiments.json")
     (output / "experiments.md").write_text(make_table(experiment, results))
     if results:
         make_plot(experiment, results).savefig(output / "experiments.png", dpi=90)
 
 
-def read_results(path: Path) -> list[dict]:
+def read_results(path: Path, names: set[str]) -> list[dict]:
+    """The curves in a file that :func:`report` has written, of the runs with these names."""
     try:
         results = json.loads(path.read_text())
         if not all({"name", "config", "seed", "curve"} <= result.keys() and result["curve"] for result in results):
             raise ValueError("an entry lacks name, config, seed or curve")
+        results = [result for result in results if result["name"] in names]
+        if not results:
+            raise ValueError(f"none is of {', '.join(sorted(names))}")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path} has no curves to report ({error}).") from error
     return results
@@ -335,14 +372,16 @@ def main() -> int:
         raise UserError("--jobs and --threads must be at least 1.")
     output = output_folder(arguments.output).resolve()
     if arguments.report_only:
-        results = read_results(output / "experiments.json")
+        results = read_results(output / "experiments.json", {entry.name for entry in experiment.runs})
     else:
         with (output / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"--output {output}: another run_experiments.py works there.") from error
-            succeeded = train(experiment, output, arguments.only, arguments.jobs, arguments.threads)
+                raise UserError(
+                    f"--output {output}: another run_experiments.py, or a run that it has started, works there."
+                ) from error
+            succeeded = train(experiment, output, arguments.only, arguments.jobs, arguments.threads, lock.fileno())
         results = collect(experiment, output)
     report(experiment, results, output)
     print(make_table(experiment, results), end="")
@@ -350,5 +389,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on from here"))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit("stopped; the same command goes on from here"))
     run(main)

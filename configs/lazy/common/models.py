@@ -2,8 +2,8 @@
 
 from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone import BasicStem, ResNet
-from detectron2.modeling.backbone.resnet import BottleneckBlock
 
+from samdetr.backbone import make_dc5_stages
 from samdetr.baseline_attention import (
     ConditionalCrossAttention,
     DeformableCrossAttention,
@@ -23,16 +23,6 @@ from samdetr.semantics_aligner import IdentityAligner, SemanticsAligner
 DIM, NUM_HEADS, TEMPERATURE = 256, 8, 10000.0
 FOCAL = {"focal_alpha": 0.25, "focal_gamma": 2.0}
 RESNET = {"stride_in_1x1": False, "norm": "FrozenBN"}
-
-
-def make_dc5_stages(*, depth: int, **options):
-    """The stages of a ResNet whose res5 keeps res4's stride, dilated from its second block on (torchvision's rule)."""
-    *stages, _ = ResNet.make_default_stages(depth, **options)
-    res5 = {"in_channels": 1024, "out_channels": 2048, "bottleneck_channels": 512, **options}
-    stages.append(
-        ResNet.make_stage(BottleneckBlock, 3, stride_per_block=[1, 1, 1], dilation_per_block=[1, 2, 2], **res5)
-    )
-    return stages
 
 
 def decoder_layer(dim: int = DIM, num_heads: int = NUM_HEADS, feedforward_dim: int = 2048):

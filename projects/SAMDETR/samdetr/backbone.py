@@ -8,7 +8,7 @@ import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import FPN
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet, build_resnet_backbone
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet, build_resnet_backbone
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -21,6 +21,7 @@ __all__ = [
     "build_mini_resnet_backbone",
     "build_mini_resnet_fpn_backbone",
     "build_resnet_dc5_backbone",
+    "make_dc5_stages",
     "make_mini_stages",
     "optimize_backbone",
 ]
@@ -106,6 +107,21 @@ def build_resnet_dc5_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             module.dilation = module.padding = (1, 1)
     return resnet
+
+
+def make_dc5_stages(*, depth: int, **options) -> list[list[nn.Module]]:
+    """The stages of :func:`build_resnet_dc5_backbone`, for Python configs.
+
+    Args:
+        depth: 50, 101 or 152.
+        options: of every block (``norm``, ``stride_in_1x1``).
+    """
+    *stages, _ = ResNet.make_default_stages(depth, **options)
+    res5 = {"in_channels": 1024, "out_channels": 2048, "bottleneck_channels": 512, **options}
+    stages.append(
+        ResNet.make_stage(BottleneckBlock, 3, stride_per_block=[1, 1, 1], dilation_per_block=[1, 2, 2], **res5)
+    )
+    return stages
 
 
 def make_mini_stages(*, in_channels: int, out_channels: int, norm: str) -> list[list[nn.Module]]:

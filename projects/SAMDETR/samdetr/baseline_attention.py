@@ -30,7 +30,7 @@ def project_by_head(linear: nn.Linear, x: Tensor) -> Tensor:
     """Project (B, Q, M, C), each head to its own C / M outputs of the layer: (B, M, Q, C / M)."""
     heads = x.shape[2]
     projected = torch.einsum("bqmc,mdc->bmqd", x, linear.weight.unflatten(0, (heads, -1)))
-    return projected + linear.bias.view(heads, 1, -1)
+    return projected + linear.bias.view(heads, 1, -1).to(projected.dtype)
 
 
 @CROSS_ATTENTION_REGISTRY.register()

@@ -193,6 +193,9 @@ def _check_model(node: CfgNode) -> None:
         ("ENCODER.NUM_LAYERS", node.ENCODER.NUM_LAYERS, 0),
         ("ALIGNER.POOLED_SIZE", node.ALIGNER.POOLED_SIZE, 1),
         ("ALIGNER.REDUCTION", node.ALIGNER.REDUCTION, 1),
+        ("ALIGNER.NUM_KEYPOINTS", node.ALIGNER.NUM_KEYPOINTS, 0),
+        ("CROSS_ATTENTION.NUM_POINTS", node.CROSS_ATTENTION.NUM_POINTS, 1),
+        ("ENCODER.NUM_POINTS", node.ENCODER.NUM_POINTS, 1),
         ("PROJECTION_NUM_GROUPS", node.PROJECTION_NUM_GROUPS, 0),
     ):
         if value < least:
@@ -271,8 +274,12 @@ def check_weights_file(path: str, given_as: str = "MODEL.WEIGHTS") -> None:
         ) from error
 
 
-# Parameters whose first dimension follows from the number of classes.
-_CLASS_PARAMETERS = re.compile(r"decoder\.class_heads\.\d+\.(weight|bias)|query_generator\.label_embedding\.weight")
+# Parameters whose first dimension follows from the number of classes; the last two lines are detectron2's detectors'.
+_CLASS_PARAMETERS = re.compile(
+    r"decoder\.class_heads\.\d+\.(weight|bias)|query_generator\.label_embedding\.weight"
+    r"|roi_heads\.box_predictor\.(\d+\.)?(cls_score|bbox_pred)\.(weight|bias)"
+    r"|head\.cls_score\.(weight|bias)"
+)
 
 
 def class_parameters(names: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ def add_samdetr_config(cfg: CN) -> None:
     node.NUM_CLASSES = 80
     # The backbone's outputs to use, from the finest to the coarsest; several make the multi-scale model.
     node.IN_FEATURES = ["res5"]
-    # Model width C and attention heads M, which divides C. Each head has a representative keypoint of its own.
+    # Model width C and attention heads M, which divides C.
     node.HIDDEN_DIM = 256
     node.NUM_HEADS = 8
     # Number of queries Q.

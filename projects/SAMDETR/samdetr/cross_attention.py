@@ -244,6 +244,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                 grad_x[block], grad_y[block] = by_pixel.sum(-2), by_pixel.sum(-1)
             grad_logits, block_q = by_group(grad_logits.to(q.dtype), k), arguments[0]
             grad_q[block] = (grad_logits @ k[images]).view(block_q.shape)
-            groups = (grad_k[images], grad_logits.transpose(2, 3), by_group(block_q, k))
-            accumulate_product_(*(x.flatten(0, 1) for x in groups))
+            grad_logits, block_q = (x.flatten(0, 1) for x in (grad_logits, by_group(block_q, k)))
+            grad_k_of_block = grad_k[images].view(-1, *k.shape[2:])  # a view, to be added to in place
+            accumulate_product_(grad_k_of_block, grad_logits.transpose(1, 2), block_q)
         return grad_v.to(v.dtype), grad_q, grad_k.to(k.dtype), None, grad_x, grad_y

@@ -1,7 +1,7 @@
 """The decoder: self-attention, Semantics Aligner, cross-attention and box refinement (paper sections 3.2 to 3.4).
 
 Layers go from the coarsest level to the finest. Every layer predicts classes and a box; the box is the next layer's
-reference box.
+reference box, unless refinement is switched off.
 
 Shapes: B images, Q queries, C model width, M heads, K classes, L decoder layers.
 """

@@ -65,8 +65,9 @@ def accumulate_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def zeros_to_accumulate(like: Tensor) -> Tensor:
-    """Zeros in at least float32, since sums over many blocks lose what lower precision cannot hold."""
-    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+    """Contiguous zeros in at least float32, since sums over many blocks lose what lower precision cannot hold."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def is_tracing() -> bool:

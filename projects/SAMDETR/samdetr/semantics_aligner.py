@@ -30,7 +30,7 @@ A registered class is called as ``Aligner(cfg, predict_scales=bool)``, once for 
 ``predict_scales`` tells whether the cross-attention needs Gaussian scales. The module it makes is called with
 
 * ``content`` (B, Q, C), the query contents after self-attention,
-* ``reference_boxes`` (B, Q, 4), normalised (cx, cy, w, h), which carry a gradient in the first layer,
+* ``reference_boxes`` (B, Q, 4), normalised (cx, cy, w, h), which carry a gradient where they are learned,
 * ``level``, the :class:`FeatureLevel` that this layer attends to,
 
 and returns an :class:`AlignedQuery`: ``content`` and ``position`` (B, Q, M, C), ``keypoints`` (B, Q, M, 2) and, if

@@ -34,6 +34,9 @@ class FullModelClippingAdamW(torch.optim.AdamW):
     def step(self, closure=None):
         norm = self.measure_gradients() if self._measured_norm is None else self._measured_norm
         self._measured_norm = None
+        scale = getattr(self, "grad_scale", None)  # set by a GradScaler that leaves unscaling to the fused step
+        if scale is not None:
+            norm = norm / scale
         parameters = [p for group in self.param_groups for p in group["params"]]
         torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         return super().step(closure)

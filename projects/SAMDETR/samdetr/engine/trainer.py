@@ -234,6 +234,7 @@ class Trainer(DefaultTrainer):
         """Keys whose values a resumed run keeps from its checkpoint, or that change what it goes on with."""
         solver = self.cfg.SOLVER
         return {
+            "SOLVER.OPTIMIZER": solver.OPTIMIZER,
             "SOLVER.BASE_LR": solver.BASE_LR,
             "SOLVER.BACKBONE_MULTIPLIER": solver.BACKBONE_MULTIPLIER,
             "SOLVER.WEIGHT_DECAY": solver.WEIGHT_DECAY,
@@ -247,6 +248,13 @@ class Trainer(DefaultTrainer):
             raise UserError(
                 f"The checkpoint in OUTPUT_DIR {self.cfg.OUTPUT_DIR} was written by another trainer and cannot be "
                 "resumed here: name it in MODEL.WEIGHTS and another OUTPUT_DIR."
+            )
+        optimizer = state_dict["settings"].get("SOLVER.OPTIMIZER", "AdamW")
+        if optimizer != self.cfg.SOLVER.OPTIMIZER:
+            raise UserError(
+                f"SOLVER.OPTIMIZER is {self.cfg.SOLVER.OPTIMIZER!r}, but the checkpoint in OUTPUT_DIR {self.cfg.OUTPUT_DIR} "
+                f"was trained with {optimizer!r}: resume with that, or name the checkpoint in MODEL.WEIGHTS and another "
+                "OUTPUT_DIR."
             )
         super().load_state_dict(state_dict)
         for key, value in self._settings().items():

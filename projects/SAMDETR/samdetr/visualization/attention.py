@@ -70,7 +70,7 @@ def record_attention(model: nn.Module) -> Iterator[list[RecordedLayer]]:
         A list with one :class:`RecordedLayer` for each layer of the latest forward pass, filled when the model has run.
 
     Raises:
-        UserError: the model's cross-attention is not one of this project's, so that nothing is known of its weights.
+        UserError: the model's cross-attention does not attend to every pixel, or is not one of this project's.
     """
     layers = model.decoder.layers
     if not all(isinstance(layer.cross_attention, DotProductAttention) for layer in layers):
