@@ -10,7 +10,8 @@ the last checkpoints; runs that are complete are not touched (an evaluation that
 After each run it writes OUTPUT/experiments.json (the raw curves), experiments.md (the table) and experiments.png (the
 plot); --report-only draws the last two anew from the first.
 
-Seconds are the median time of a run's steps times the steps: training alone, without evaluation, and of this machine.
+Seconds are those of an undisturbed step times the steps: training alone, without evaluation, on this machine. An undisturbed
+step is the tenth percentile of the times that a run has logged, since a machine does other things now and then.
 """
 
 import argparse
@@ -157,7 +158,8 @@ def read_curve(folder: Path, max_iter: int) -> list[list[float]]:
         metrics = read_metrics(folder)
     except UserError:  # one unfinished line
         return []
-    step_time = statistics.median(value for _, _, value in metrics.get("time", [(0, 0, 0.0)]))
+    times = sorted(value for _, _, value in metrics.get("time", [(0, 0, 0.0)]))
+    step_time = times[len(times) // 10]
     # detectron2 counts from 0 during training, and names the last evaluation by the number of steps.
     curve = {min(int(i) + 1, max_iter): 0.0 if ap != ap else ap for i, _, ap in metrics.get("bbox/AP", [])}
     return [[step, round(step * step_time, 2), round(ap, 3)] for step, ap in curve.items()]
