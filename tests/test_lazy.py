@@ -14,6 +14,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 
+import samdetr
 from samdetr.data.dataset_mapper import DetrDatasetMapper
 from samdetr.solver import build_optimizer
 
@@ -136,3 +137,8 @@ def test_detectron2s_lazyconfig_train_net_trains_and_evaluates(tmp_path):
     expected = build_model(load_config("sam_detr_digits")).state_dict()
     assert {name: value.shape for name, value in trained.items()} == {n: v.shape for n, v in expected.items()}
     assert not all(torch.equal(trained[name], expected[name]) for name in trained)
+    predictor = samdetr.load(
+        tmp_path / "model_final.pth", config_file=ROOT / "configs" / "sam_detr_digits.yaml", device="cpu"
+    )
+    assert predictor.class_names == [str(digit) for digit in range(10)]
+    assert len(predictor(np.zeros((64, 64, 3), dtype=np.uint8))) > 0

@@ -7,8 +7,8 @@
 
 Each run is a ``train_net.py`` of its own in OUTPUT/runs/NAME/seedN. Whatever stops this tool, the same command goes on from
 the last checkpoints; runs that are complete are not touched (an evaluation that was cut off is missing from its curve).
-After each run it writes OUTPUT/experiments.json (the raw curves), experiments.md (the table) and experiments.png (the
-plot); --report-only draws the last two anew from the first.
+After each run it writes OUTPUT/experiments.json (the raw curves) and experiments.png (the plot), and at the end it prints a
+table; --report-only makes plot and table anew from the curves.
 
 Seconds are those of an undisturbed step times the steps: training alone, without evaluation, on this machine. An undisturbed
 step is the tenth percentile of the times that a run has logged, since a machine does other things now and then.
@@ -333,12 +333,11 @@ def draw_mean(axis, curves: list, column: int, name: str, color: str, goals: lis
 
 
 def report(experiment: Experiment, results: list[dict], output: Path) -> None:
-    """Write experiments.json, experiments.md and experiments.png."""
+    """Write experiments.json and experiments.png."""
     lines = ",\n".join(json.dumps(result) for result in results)  # a run a line
     unfinished = output / "experiments.json.part"
     unfinished.write_text(f"[\n{lines}\n]\n")
     unfinished.replace(output / "experiments.json")
-    (output / "experiments.md").write_text(make_table(experiment, results))
     if results:
         make_plot(experiment, results).savefig(output / "experiments.png", dpi=90)
 
