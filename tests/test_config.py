@@ -14,6 +14,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 import samdetr
+from samdetr.solver import build_optimizer
 
 FAMILIES = [
     *("sam_detr_R_50", "sam_detr_smca_R_50"),
@@ -96,8 +97,7 @@ def test_fcos_is_detectron2s():
 
 
 def train_two_steps(cfg):
-    from samdetr.solver import build_optimizer
-
+    """Train, check that something has been learned, evaluate; return the model and the optimizer."""
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
     inputs = [make_input(64, 96, [(5, 5, 40, 50)], [7]), make_input(80, 64)]
@@ -112,14 +112,16 @@ def train_two_steps(cfg):
     after = [p for p in model.parameters() if p.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(before, after))
     assert "instances" in model.eval()(inputs)[0]
-    return optimizer
+    return model, optimizer
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*DETECTRON2_BASELINES, "dn_detr_R_50_DC5", "deformable_detr_pp_R_50"])
 def test_baselines_train_and_evaluate(name):
     # Without pretrained weights, frozen norms would let the activations grow from block to block.
-    optimizer = train_two_steps(load_config(f"baselines/{name}_1x", "MODEL.RESNETS.NORM", "BN", "SOLVER.BASE_LR", 1e-4))
+    _, optimizer = train_two_steps(
+        load_config(f"baselines/{name}_1x", "MODEL.RESNETS.NORM", "BN", "SOLVER.BASE_LR", 1e-4)
+    )
     assert isinstance(optimizer, torch.optim.SGD) == (name in DETECTRON2_BASELINES)
 
 
@@ -202,26 +204,11 @@ TRAINABLE = {"R_50": 58.05e6, "DC5": 58.05e6, "pp": 54.95e6}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COCO_CONFIGS)
 def test_every_coco_config_builds_trains_and_evaluates(name):
-    from samdetr.solver import build_optimizer
-
-    cfg = load_config(name)
-    model = build_model(cfg)
+    model, _ = train_two_steps(load_config(name))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     expected = TRAINABLE["pp" if "_pp_" in name else "DC5" if "DC5" in name else "R_50"]
     expected += 0.05e6 * ("smca" in name) + 81 * 255 * ("_dn_" in name)
     assert abs(trainable - expected) < 0.05e6
-    optimizer = build_optimizer(cfg, model)
-    inputs = [make_input(64, 96, [(5, 5, 40, 50)], [17]), make_input(80, 64)]
-    before = model.query_generator.reference_logits.detach().clone()
-    with EventStorage():
-        for _ in range(2):
-            losses = model(inputs)
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
-    assert all(loss.isfinite() for loss in losses.values())
-    assert not (before == model.query_generator.reference_logits).all()
-    assert len(model.eval()(inputs)[0]["instances"]) > 0
 
 
 def test_readme_names_existing_configs():
