@@ -129,7 +129,7 @@ def test_baselines_train_and_evaluate(name):
 def test_experiments_differ_in_the_model_alone(name):
     cfg = load_config(f"experiments/{name}")
     base = load_config("experiments/Base-Experiment")
-    if not name.endswith("_long"):
+    if not name.endswith(("_double", "_long")):
         assert cfg.SOLVER == base.SOLVER and cfg.TEST == base.TEST
     assert cfg.INPUT == base.INPUT and cfg.DATASETS == base.DATASETS and cfg.DATALOADER == base.DATALOADER
     train_two_steps(cfg)
