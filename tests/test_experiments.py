@@ -87,6 +87,8 @@ def test_plot(tmp_path):
     fast = next(line for line in steps.lines if line.get_label().startswith("fast"))
     assert "2 seeds; reached at 20" in fast.get_label() and fast.get_ydata().tolist() == [4.0, 6.5]
     assert "final AP of slow: 5.0" in [line.get_label() for line in steps.lines]
+    low = make_plot(experiment, [*RESULTS, result("other", 1, (10, 1.0, 2.0))])  # shown beside slow's 5.0
+    assert "final AP of slow: 5.0" in [line.get_label() for line in low.axes[2].lines]
     assert len(make_plot(experiment, [*RESULTS, result("other", 1, (10, 1.0, 2.0))]).axes) == 4
 
 

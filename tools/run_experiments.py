@@ -298,7 +298,7 @@ def make_table(experiment: Experiment, results: list[dict]) -> str:
 def make_plot(experiment: Experiment, results: list[dict]) -> Figure:
     """AP over steps and over time, a row of panels for each group; lines are means, bands reach from lowest to highest."""
     groups = [group for group in experiment.groups if any(curves_of(results, entry.name) for entry in group.runs)]
-    figure = Figure(figsize=(13, 4.2 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(15, 3.8 * len(groups)), layout="constrained")
     panels = figure.subplots(len(groups), 2, squeeze=False)
     goals = goals_of(experiment, results)
     for group, axes in zip(groups, panels):
@@ -306,12 +306,14 @@ def make_plot(experiment: Experiment, results: list[dict]) -> Figure:
         for axis, column, label in zip(axes, (0, 1), ("training steps", "seconds of training")):
             for number, name in enumerate(names):
                 draw_mean(axis, curves_of(results, name), column, name, f"C{number}", list(goals.values()))
+            highest = max(point[2] for name in names for curve in curves_of(results, name) for point in curve)
             for number, (name, ap) in enumerate(goals.items()):
-                style = {"color": "0.3", "linestyle": ("--", ":")[number % 2], "linewidth": 1}
-                axis.axhline(ap, label=f"final AP of {name}: {ap:.1f}", **style)
+                if ap <= 1.5 * highest:  # else it would press the curves to the ground
+                    style = {"color": "0.3", "linestyle": ("--", ":")[number % 2], "linewidth": 1}
+                    axis.axhline(ap, label=f"final AP of {name}: {ap:.1f}", **style)
             axis.set(title=group.title, xlabel=label, ylabel="box AP")
             axis.grid(alpha=0.3)
-        axes[0].legend(fontsize=8)
+        axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     return figure
 
 
@@ -371,7 +373,7 @@ def main() -> int:
         raise UserError(f"--only names {', '.join(sorted(unknown))}, none of the runs in {arguments.experiment}.")
     if arguments.jobs < 1 or arguments.threads < 1:
         raise UserError("--jobs and --threads must be at least 1.")
-    output = output_folder(arguments.output).resolve()
+    output = output_folder(arguments.output)
     if arguments.report_only:
         results = read_results(output / "experiments.json", {entry.name for entry in experiment.runs})
     else:
