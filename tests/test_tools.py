@@ -1,6 +1,7 @@
 """The scripts in tools/, run as a user runs them."""
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -151,6 +152,31 @@ def test_flops_are_counted_once_and_by_hand():
     assert counts["decoder.box_heads"] == 3 * 12 * (32 * 32 * 2 + 32 * 4)
     # 8 x 8 features. Rows, then columns of 7 x 7 bins of 8 channels; 4 heads' weights along both axes; their samples.
     assert counts["roi_align"] == 3 * 12 * (7 * 8 * 8 * 8 + 7 * 7 * 8 * 8 + 2 * 4 * 7 * 8 + 4 * 8 * 8 * 32)
+
+
+def test_rows_of_the_papers_table_and_their_configs():
+    from analyze_model import config_of_row
+
+    rows = list(csv.DictReader((ROOT / "docs" / "published_results.csv").read_text().splitlines()))
+    configs = {(row["method"], row["backbone"]): config_of_row(row) for row in rows}
+    without = {method for (method, _), config in configs.items() if config is None}
+    assert without == {"Anchor-DETR-R50-DC5", "Sparse-R-CNN-R50-FPN"}
+    found = [config for config in configs.values() if config is not None]
+    assert len(found) == len(set(found)) == 26
+    for (_, backbone), config in configs.items():
+        if config is not None:
+            assert ("_DC5_" in config.stem) == (backbone == "R50-DC5")
+            assert ("_pp_" in config.stem or "_FPN_" in config.stem) == (backbone == "R50-MS")
+    documented = (ROOT / "docs" / "results.md").read_text()
+    assert all(f"`{config.relative_to(ROOT / 'configs').with_suffix('')}`" in documented for config in found)
+
+
+def test_a_wrong_table_is_refused_in_words(tmp_path):
+    result = run_tool("analyze_model.py", "--published", tmp_path / "nothing.csv")
+    assert result.returncode == 1 and "nothing.csv is not the paper's table" in result.stderr
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    result = run_tool("analyze_model.py", "--published", tmp_path / "other.csv")
+    assert result.returncode == 1 and "other.csv is not the paper's table ('method')" in result.stderr
 
 
 @pytest.mark.slow
