@@ -19,12 +19,12 @@ import fcntl
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 
 import yaml
 from common import output_folder, run
@@ -247,10 +247,6 @@ def curves_of(results: list[dict], name: str) -> list[list[list[float]]]:
     return [result["curve"] for result in results if result["name"] == name]
 
 
-def mean(values) -> float:
-    return statistics.fmean(values)
-
-
 def first_reaching(curve: list[list[float]], ap: float) -> list[float] | None:
     """The first evaluation with that AP or more."""
     return next((point for point in curve if point[2] >= ap), None)
@@ -259,7 +255,7 @@ def first_reaching(curve: list[list[float]], ap: float) -> list[float] | None:
 def goals_of(experiment: Experiment, results: list[dict]) -> dict[str, float]:
     """The mean final AP of each goal that has been run."""
     curves = {name: curves_of(results, name) for name in experiment.goals}
-    return {name: mean(curve[-1][2] for curve in found) for name, found in curves.items() if found}
+    return {name: fmean(curve[-1][2] for curve in found) for name, found in curves.items() if found}
 
 
 def make_table(experiment: Experiment, results: list[dict]) -> str:
@@ -282,16 +278,18 @@ def make_table(experiment: Experiment, results: list[dict]) -> str:
                 rows.append([entry.name, "not run", *[""] * (len(headers) - 2)])
                 continue
             final = [curve[-1][2] for curve in curves]
-            spread = f" ± {statistics.stdev(final):.1f}" if len(final) > 1 else ""
-            row = [entry.name, len(curves), curves[0][-1][0], f"{mean(final):.1f}{spread}"]
+            spread = f" ± {stdev(final):.1f}" if len(final) > 1 else ""
+            row = [entry.name, len(curves), curves[0][-1][0], f"{fmean(final):.1f}{spread}"]
             for ap in goals.values():
                 reached = [point for curve in curves if (point := first_reaching(curve, ap))]
                 where = (
-                    f"step {mean(p[0] for p in reached):.0f}, {mean(p[1] for p in reached):.0f} s" if reached else "no"
+                    f"step {fmean(p[0] for p in reached):.0f}, {fmean(p[1] for p in reached):.0f} s"
+                    if reached
+                    else "no"
                 )
                 few = f" ({len(reached)} of {len(curves)} seeds)" if 0 < len(reached) < len(curves) else ""
                 row.append(where + few)
-            rows.append([*row, f"{mean(curve[-1][1] / curve[-1][0] for curve in curves):.3f}"])
+            rows.append([*row, f"{fmean(curve[-1][1] / curve[-1][0] for curve in curves):.3f}"])
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n"
 
 
@@ -321,7 +319,7 @@ def draw_mean(axis, curves: list, column: int, name: str, color: str, goals: lis
     """One run's mean and spread over its seeds; rings where the mean first reaches each goal, named in the legend."""
     steps = sorted(set.intersection(*({point[0] for point in curve} for curve in curves)))
     by_step = [[next(point for point in curve if point[0] == step) for curve in curves] for step in steps]
-    points = [[step, mean(p[1] for p in same), mean(p[2] for p in same)] for step, same in zip(steps, by_step)]
+    points = [[step, fmean(p[1] for p in same), fmean(p[2] for p in same)] for step, same in zip(steps, by_step)]
     reached = [first_reaching(points, goal) for goal in goals]
     where = ", ".join(str(point[0]) if point else "never" for point in reached)
     label = f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)}; reached at {where})"
