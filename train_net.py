@@ -15,14 +15,14 @@ import sys
 from pathlib import Path
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import samdetr
-from samdetr.checks import check_config, merge_options
+from samdetr.checks import check_config
+from samdetr.config import find_config
 from samdetr.data import register_coco_format
 from samdetr.engine import Trainer, evaluate
 from samdetr.errors import UserError
@@ -31,10 +31,10 @@ logger = logging.getLogger("detectron2")
 
 
 def read_config(args):
-    """Read the config and check everything that can be known before the start."""
-    cfg = get_cfg()
-    samdetr.add_samdetr_config(cfg)
-    merge_options(cfg, args.config_file, args.opts)
+    """Read the config, register its datasets, and check everything that can be known before the start."""
+    if args.config_file:
+        args.config_file = find_config(args.config_file)  # detectron2 opens it to copy it into the log
+    cfg = samdetr.load_config(args.config_file, args.opts)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         logger.warning("MODEL.DEVICE is cuda, but there is no CUDA device here: using the CPU.")
@@ -49,20 +49,21 @@ def read_config(args):
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds the checkpoints of an earlier run: continue it with --resume, or name "
             "another OUTPUT_DIR."
         )
+    register_coco_format(cfg)
     check_config(cfg, training=not args.eval_only, resuming=earlier and args.resume)
     return cfg
 
 
 def main(args, cfg):
     """Train or evaluate, in each process."""
-    # Attention's smallest probabilities are denormal numbers, which CPUs multiply many times slower than zeros.
+    # Attention's smallest probabilities are denormal numbers, which CPUs multiply many times more slowly than zeros.
     torch.set_flush_denormal(True)
     register_coco_format(cfg)
     kept = Path(cfg.OUTPUT_DIR, "config.yaml")
     earlier = kept.read_text() if kept.exists() and any(kept.parent.glob("model_*.pth")) else None
     comm.synchronize()
     default_setup(cfg, args)
-    if earlier is not None and comm.is_main_process():  # what a checkpoint was trained with stays beside it
+    if earlier is not None and comm.is_main_process():  # the config that a checkpoint was trained with stays beside it
         kept.rename(kept.with_name("config_eval.yaml" if args.eval_only else "config_resumed.yaml"))
         kept.write_text(earlier)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="samdetr")
@@ -83,11 +84,11 @@ def run(args):
     cfg = read_config(args)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     if not cuda:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # detectron2 takes NCCL wherever it sees a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # detectron2 uses NCCL wherever it sees a GPU
     if "LOCAL_RANK" not in os.environ:
         launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args, cfg))
         return
-    if cuda:  # a launcher may show each process its own device only
+    if cuda:  # a launcher may show each process only its own device
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # Address, rank and size come from the environment.
     torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=DEFAULT_TIMEOUT)
@@ -97,7 +98,7 @@ def run(args):
 
 
 def join_slurm_job():
-    """Say in torchrun's variables what SLURM says in its own, for ``srun`` with a task for each process."""
+    """Translate SLURM's variables into torchrun's, for ``srun`` with one task per process."""
     environment = os.environ
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
@@ -117,5 +118,5 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"error: {error}")
     except torch.multiprocessing.ProcessExitedException as error:
-        # A negative code is a signal's; otherwise the process has said why.
+        # A negative code is that of a signal; otherwise the process has said why.
         sys.exit(f"error: {error}" if error.exit_code < 0 else error.exit_code)

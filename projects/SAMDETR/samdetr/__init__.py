@@ -1,13 +1,25 @@
-"""SAM-DETR++ for detectron2. Importing this package registers everything; see the project's README."""
+"""SAM-DETR++ for detectron2. Importing this package registers everything; see the project's README.
 
-from . import backbone, baseline_attention, checkpoint, data, fcos, solver
-from .config import add_samdetr_config
-from .cross_attention import CROSS_ATTENTION_REGISTRY
-from .encoder import ENCODER_REGISTRY
-from .meta_arch import SAMDETR
+import samdetr
+predictor = samdetr.load("model_final.pth")     # detect with a trained model
+cfg = samdetr.load_config("sam_detr_R_50_1x")   # one of this project's configs, or a path
+samdetr.add_samdetr_config(cfg)                 # in other detectron2 code: add the MODEL.SAMDETR node
+"""
+
+from . import checkpoint, data
+from .config import add_samdetr_config, load_config
+from .engine import Trainer
+from .errors import UserError
+from .modeling import (
+    CROSS_ATTENTION_REGISTRY,
+    ENCODER_REGISTRY,
+    QUERY_GENERATOR_REGISTRY,
+    SAMDETR,
+    SEMANTICS_ALIGNER_REGISTRY,
+    AlignedQuery,
+    FeatureLevel,
+)
 from .predictor import Predictor, load
-from .query_generator import QUERY_GENERATOR_REGISTRY
-from .semantics_aligner import SEMANTICS_ALIGNER_REGISTRY
 
 __version__ = "0.1.0"
 
@@ -17,13 +29,14 @@ __all__ = [
     "QUERY_GENERATOR_REGISTRY",
     "SAMDETR",
     "SEMANTICS_ALIGNER_REGISTRY",
+    "AlignedQuery",
+    "FeatureLevel",
     "Predictor",
+    "Trainer",
+    "UserError",
     "add_samdetr_config",
-    "backbone",
-    "baseline_attention",
     "checkpoint",
     "data",
-    "fcos",
     "load",
-    "solver",
+    "load_config",
 ]

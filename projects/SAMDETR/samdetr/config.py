@@ -1,17 +1,167 @@
-"""Every config key that this project adds to detectron2's."""
+"""Every config key that this project adds to detectron2's, and the way to a config.
 
-from detectron2.config import CfgNode as CN
+:func:`load_config` reads a YAML file or one of this project's configs by name.
+"""
 
-__all__ = ["add_samdetr_config"]
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
+
+from .errors import UserError, did_you_mean
+
+__all__ = [
+    "add_samdetr_config",
+    "config_folder",
+    "find_config",
+    "load_config",
+    "merge_options",
+    "number_of_classes",
+    "parse_config",
+]
 
 
-def add_samdetr_config(cfg: CN) -> None:
+def config_folder() -> Path:
+    """Return the folder of this project's configs: inside the package where it was installed, else in the checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parents[2] / "configs"
+
+
+def load_config(file: str | os.PathLike | None, options: Sequence[Any] = ()) -> CfgNode:
+    """Load a config.
+
+    Args:
+        file: a YAML file, or the name of one of this project's configs, such as "sam_detr_R_50_1x" or
+            "baselines/detr_R_50_1x", which is found from any working directory. ``_BASE_`` in your own file may be such a
+            name as well ("sam_detr_R_50_1x.yaml"). None for the defaults of detectron2 and of this project.
+        options: keys and values, in turn, that replace those of the file.
+
+    Returns:
+        The full config; not frozen.
+
+    Raises:
+        UserError: there is no such file or config; it is not YAML; a key does not exist; a value has another type.
+    """
+    cfg = _default_config()
+    if file:
+        path = find_config(os.fspath(file))
+        try:
+            loaded = CfgNode(_ConfigReader.load_yaml_with_base(path))
+        except Exception as error:  # the errors of YAML, yacs and missing files have no common base
+            raise UserError(f"{path}: {type(error).__name__}: {error}", argument="config_file") from error
+        _merge(cfg, path, cfg.merge_from_other_cfg, loaded)
+    return merge_options(cfg, options)
+
+
+def merge_options(cfg: CfgNode, options: Sequence[Any]) -> CfgNode:
+    """Set keys of ``cfg`` in place, and return it; arguments and errors as of :func:`load_config`."""
+    if len(options) % 2:
+        raise UserError(f"Options come as pairs of KEY and VALUE, but there are {len(options)} of them.")
+    _merge(cfg, "the options", cfg.merge_from_list, list(options))
+    return cfg
+
+
+def parse_config(text: str) -> CfgNode:
+    """Return the full config of a dumped one, such as a checkpoint carries.
+
+    Raises:
+        UserError: it is not a config, or has keys that do not exist.
+    """
+    cfg = _default_config()
+    try:
+        loaded = CfgNode.load_cfg(text)
+    except Exception as error:  # the errors of YAML and yacs have no common base
+        raise UserError(f"{type(error).__name__}: {error}") from error
+    _merge(cfg, "", cfg.merge_from_other_cfg, loaded)
+    return cfg
+
+
+def _default_config() -> CfgNode:
+    cfg = get_cfg()
+    add_samdetr_config(cfg)
+    return cfg
+
+
+def find_config(file: str) -> str:
+    """Return the path of a config file: ``file`` itself if it exists, else this project's config of that name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if PathManager.isfile(file):
+        return file
+    names = {str(path.relative_to(config_folder()).with_suffix("")) for path in config_folder().rglob("*.yaml")}
+    name = file.removesuffix(".yaml")
+    if name in names:
+        return str(config_folder() / f"{name}.yaml")
+    raise UserError(
+        f"{file}: there is no such file (looked in {os.getcwd()}), and no config of this project has that name."
+        f"{did_you_mean(name, names)}",
+        argument="config_file",
+    )
+
+
+class _ConfigReader(CfgNode):
+    """Reads YAML files whose ``_BASE_`` is a path relative to the file, or the name of a config in this project's folder."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str):
+        own = config_folder() / os.path.basename(filename)
+        if not PathManager.isfile(filename) and own.is_file():
+            filename = str(own)
+        return super()._open_cfg(filename)
+
+
+def _merge(cfg: CfgNode, source: str, merge, values) -> None:
+    """Call ``merge(values)``; turn yacs' errors into ones that name the source, the key and the nearest existing key."""
+    where = f"{source}: " if source else ""
+    try:
+        merge(values)
+    except (KeyError, AssertionError) as error:
+        message = str(error.args[0] if error.args else error)
+        key = message.removeprefix("Non-existent config key:").removeprefix("Non-existent key:").strip()
+        if key == message or not key:
+            raise UserError(f"{where}{message}") from error
+        raise UserError(f"{where}there is no config key {key}.{did_you_mean(key, _all_keys(cfg))}") from error
+    except Exception as error:  # yacs' errors have no common base
+        raise UserError(f"{where}{type(error).__name__}: {error}") from error
+
+
+def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in node.items():
+        keys.append(prefix + key)
+        if isinstance(value, CfgNode):
+            keys.extend(_all_keys(value, f"{prefix}{key}."))
+    return keys
+
+
+def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
+    """Return the key that holds the number of classes of the config's meta-architecture, and its value.
+
+    For an unknown meta-architecture they are "" and None.
+    """
+    for architectures, node in (
+        (("SAMDETR",), "SAMDETR"),
+        (("GeneralizedRCNN",), "ROI_HEADS"),
+        (("RetinaNet", "build_fcos"), "RETINANET"),
+    ):
+        if cfg.MODEL.META_ARCHITECTURE in architectures:
+            return f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES
+    return "", None
+
+
+def add_samdetr_config(cfg: CfgNode) -> None:
     """Add the ``MODEL.SAMDETR`` node and a few solver and input keys, with the published defaults.
 
     Args:
         cfg: detectron2's config, changed in place.
     """
-    node = cfg.MODEL.SAMDETR = CN()
+    node = cfg.MODEL.SAMDETR = CfgNode()
 
     # Number of object classes. The one number behind class heads, matcher, loss and label embedding.
     node.NUM_CLASSES = 80
@@ -22,74 +172,74 @@ def add_samdetr_config(cfg: CN) -> None:
     node.NUM_HEADS = 8
     # Number of queries Q.
     node.NUM_QUERIES = 300
-    # Groups of the GroupNorm behind the input projections; 0: no norm, as in the published single-scale 50-epoch models.
+    # Groups of the GroupNorm after each input projection; 0 for no norm, as in the published single-scale 50-epoch models.
     node.PROJECTION_NUM_GROUPS = 32
-    # Of all sine embeddings, as published.
+    # Temperature of all sine embeddings, as published.
     node.POSITION_TEMPERATURE = 10000.0
-    # Score that every class starts with, as in RetinaNet's section 3.3.
+    # Score that every class starts with (RetinaNet, section 3.3).
     node.PRIOR_PROB = 0.01
 
-    # Compute each encoder and decoder layer again in the backward pass instead of keeping its activations.
+    # Recompute each encoder and decoder layer in the backward pass instead of keeping its activations.
     node.ACTIVATION_CHECKPOINTING = False
 
-    node.ENCODER = CN()
+    node.ENCODER = CfgNode()
     # A name in ENCODER_REGISTRY: TransformerEncoder, or DeformableTransformerEncoder for several levels.
     node.ENCODER.NAME = "TransformerEncoder"
     node.ENCODER.NUM_LAYERS = 6
     # Hidden width of the feed-forward networks.
     node.ENCODER.FEEDFORWARD_DIM = 2048
-    # Deformable attention only: points that each head samples in each level.
+    # DeformableTransformerEncoder only. Points that each head samples in each level.
     node.ENCODER.NUM_POINTS = 4
 
-    node.QUERY_GENERATOR = CN()
+    node.QUERY_GENERATOR = CfgNode()
     # A name in QUERY_GENERATOR_REGISTRY: LearnedQueryGenerator, or DenoisingQueryGenerator for DN (DN-DETR).
     node.QUERY_GENERATOR.NAME = "LearnedQueryGenerator"
-    # DN only. Groups of denoising queries, each with every box of the image; fewer if there are many boxes.
+    # DN only. Groups of denoising queries, each with every box of the image; there are fewer if there are many boxes.
     node.QUERY_GENERATOR.DN_GROUPS = 5
-    # DN only. Most denoising queries of an image, which bounds the memory.
+    # DN only. Maximum number of denoising queries per image, which bounds the memory.
     node.QUERY_GENERATOR.DN_MAX_QUERIES = 500
     # DN only. Centres move by up to this share of half the size, sizes change by up to this share.
     node.QUERY_GENERATOR.DN_BOX_NOISE = 0.4
-    # DN only. Probability that a denoising query's label is drawn anew.
+    # DN only. Probability that a denoising query's label is replaced by a random one.
     node.QUERY_GENERATOR.DN_LABEL_NOISE = 0.2
 
-    node.DECODER = CN()
-    # The layers are spread evenly over the levels, the coarsest first.
+    node.DECODER = CfgNode()
+    # Number of layers; they are spread evenly over the levels, the coarsest first.
     node.DECODER.NUM_LAYERS = 6
     node.DECODER.FEEDFORWARD_DIM = 2048
-    # Whether each layer's box is the next layer's reference box, as published. False (baselines without refinement): every
-    # layer starts from the query's learned reference box.
+    # Whether each layer's box is the next layer's reference box, as published. Otherwise every layer starts from the query's
+    # own reference box (for baselines).
     node.DECODER.BOX_REFINEMENT = True
 
-    node.ALIGNER = CN()
+    node.ALIGNER = CfgNode()
     # A name in SEMANTICS_ALIGNER_REGISTRY: SemanticsAligner, or IdentityAligner for baselines without it.
     node.ALIGNER.NAME = "SemanticsAligner"
-    # Representative keypoints of a query, each shared by NUM_HEADS / NUM_KEYPOINTS heads; 0: one for each head, as published.
+    # Keypoints per query; must divide NUM_HEADS, and is shared by as many heads. 0 means one per head, as published.
     node.ALIGNER.NUM_KEYPOINTS = 0
-    # RoIAlign's bins along each side of a reference box.
+    # Number of RoIAlign's bins along each side of a reference box.
     node.ALIGNER.POOLED_SIZE = 7
-    # Keypoints are searched in C / REDUCTION channels, by hidden layers of these widths (as published).
+    # Keypoints are searched in C / REDUCTION channels, by hidden layers of these widths, as published.
     node.ALIGNER.REDUCTION = 4
     node.ALIGNER.KEYPOINT_HIDDEN_DIMS = [256, 512, 512]
 
-    node.CROSS_ATTENTION = CN()
+    node.CROSS_ATTENTION = CfgNode()
     # A name in CROSS_ATTENTION_REGISTRY: CrossAttention, or SMCACrossAttention for SMCA (paper section 4.5.1). For baselines:
     # MultiHeadCrossAttention (DETR), SMCAMultiHeadCrossAttention (SMCA-DETR), ConditionalCrossAttention (Conditional DETR,
     # DAB-DETR), DeformableCrossAttention (Deformable DETR; all levels in every layer).
     node.CROSS_ATTENTION.NAME = "CrossAttention"
-    # SMCA only: divisor of the Gaussian's squared distances, in pixels of the feature map.
+    # SMCA only. Divisor of the Gaussian's squared distances, in squared pixels of the feature map.
     node.CROSS_ATTENTION.GAUSSIAN_BETA = 8.0
-    # DeformableCrossAttention only: points that each head samples in each level.
+    # DeformableCrossAttention only. Points that each head samples in each level.
     node.CROSS_ATTENTION.NUM_POINTS = 4
 
-    # Costs of the bipartite matching, as published.
-    node.MATCHER = CN()
+    # Weights of the costs in bipartite matching, as published.
+    node.MATCHER = CfgNode()
     node.MATCHER.CLASS_WEIGHT = 2.0
     node.MATCHER.L1_WEIGHT = 5.0
     node.MATCHER.GIOU_WEIGHT = 2.0
 
-    # Weights of the losses, the same for every decoder layer, as published. The focal parameters serve loss and matching.
-    node.LOSS = CN()
+    # Weights of the losses, the same for every decoder layer, as published. The focal parameters apply to loss and matching.
+    node.LOSS = CfgNode()
     node.LOSS.CLASS_WEIGHT = 2.0
     node.LOSS.L1_WEIGHT = 5.0
     node.LOSS.GIOU_WEIGHT = 2.0
@@ -100,39 +250,38 @@ def add_samdetr_config(cfg: CN) -> None:
     cfg.SOLVER.OPTIMIZER = "AdamW"
     # AdamW only. The backbone's learning rate is this share of SOLVER.BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
-    # AdamW only. Clip the norm of all gradients together (True, as published) or of each parameter's alone (detectron2's way).
+    # AdamW only. Clip the joint norm of all gradients (True, as published), or each parameter's norm by itself (detectron2).
     cfg.SOLVER.CLIP_GRADIENTS.FULL_MODEL = True
 
-    # COCO-format datasets of one's own, each [name, annotation file, image folder]; then name them in DATASETS.TRAIN and
-    # TEST. Class names come from the annotation file.
+    # Your own COCO-format datasets, each [name, annotation file, image folder]; name them in DATASETS.TRAIN and TEST. Class
+    # names come from the annotation file.
     cfg.DATASETS.COCO_FORMAT = []
 
     # Mixed precision (SOLVER.AMP.ENABLED, detectron2's key) in training and evaluation: "bfloat16", or "float16", which
     # needs CUDA.
     cfg.SOLVER.AMP.PRECISION = "bfloat16"
-    # Split each step's IMS_PER_BATCH images into this many parts, one after the other: the same gradients as in one, in
-    # less memory (BatchNorm, if not frozen, sees the parts alone).
+    # Process each step's IMS_PER_BATCH images in this many parts, one after the other. The gradients are those of the whole
+    # batch, in less memory (BatchNorm that is not frozen sees each part by itself).
     cfg.SOLVER.ACCUMULATION_STEPS = 1
-    # Exponential moving average of the weights; it is what is evaluated. DECAY is the old average's share after each step.
-    cfg.SOLVER.EMA = CN()
+    # Exponential moving average of the weights, which is then what is evaluated. Each step, the average keeps a share of DECAY.
+    cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9998
-    # When a loss or gradient is not finite: "stop" training, or "skip" the step (stopping after 100 in a row).
+    # What to do when a loss or gradient is not finite: "stop" training, or "skip" the step (and stop after 100 in a row).
     cfg.SOLVER.NON_FINITE = "stop"
 
-    # Images a batch in evaluation, on each process. With more than one, smaller images are padded, and the backbone's
-    # response at the padded border changes results a little (docs/training.md).
+    # Images per batch in evaluation, on each process. With more than one, smaller images are padded, and the backbone's
+    # response at the padded border changes results slightly (docs/training.md).
     cfg.TEST.IMS_PER_BATCH = 1
 
-    # What happens when a training image cannot be read: "stop", or "skip", which takes another image instead, counts, and
-    # stops after MAX_UNREADABLE_IMAGES different ones.
+    # What to do when a training image cannot be read: "stop", or "skip", which uses another image instead, counts, and stops
+    # after MAX_UNREADABLE_IMAGES different ones.
     cfg.DATALOADER.UNREADABLE_IMAGES = "stop"
     cfg.DATALOADER.MAX_UNREADABLE_IMAGES = 100
 
-    # Training augmentation (samdetr.data.dataset_mapper): with probability CROP.PROB, resize the short side to one of
-    # CROP.MIN_SIZE and crop CROP.SIZE[0] to CROP.SIZE[1] pixels a side; then resize as without the crop. It replaces
-    # detectron2's INPUT.CROP.
-    cfg.INPUT.DETR_CROP = CN()
+    # Training augmentation (samdetr.data.dataset_mapper): with probability PROB, resize the short side to one of MIN_SIZE
+    # and crop SIZE[0] to SIZE[1] pixels per side; then resize as without the crop. It replaces detectron2's INPUT.CROP.
+    cfg.INPUT.DETR_CROP = CfgNode()
     cfg.INPUT.DETR_CROP.PROB = 0.5
     cfg.INPUT.DETR_CROP.MIN_SIZE = (400, 500, 600)
     cfg.INPUT.DETR_CROP.SIZE = (384, 600)

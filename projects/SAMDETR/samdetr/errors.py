@@ -1,7 +1,25 @@
 """The error for a user's mistake."""
 
-__all__ = ["UserError"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["UserError", "did_you_mean"]
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave us; the message says what it is and what to do, and needs no traceback."""
+    """A mistake in what the user gave; the message says what it is and what to do, so that no traceback is needed.
+
+    Attributes:
+        argument: name of the Python argument that holds the mistake, if it is in an argument. A command-line program can
+            show the name of its own option for it.
+    """
+
+    def __init__(self, message: str, argument: str | None = None):
+        super().__init__(message)
+        self.argument = argument
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return " Did you mean 'X'?" for the choice that resembles ``name`` most; "" if none does."""
+    close = difflib.get_close_matches(name, list(choices), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""The model as a graph of plain operations, for ONNX and ``torch.export``, for any batch and image size."""
+"""Export the model as a graph of plain operations, to ONNX or ``torch.export``, for any batch and image size."""
 
 import copy
 import inspect
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .inference import best_pairs
+from .modeling.postprocessing import best_pairs
 from .predictor import Predictor
 
 __all__ = ["OUTPUT_NAMES", "ExportableModel", "describe", "export"]
@@ -19,7 +19,7 @@ _SMALLEST_SIDE = 64  # of an image, in pixels
 
 
 class ExportableModel(nn.Module):
-    """From a batch of equally large images to detections.
+    """Turn a batch of equally large images into detections.
 
     Args:
         model: a SAMDETR in evaluation mode.
@@ -37,18 +37,18 @@ class ExportableModel(nn.Module):
                 multiples of the backbone's ``size_divisibility``, if it has one.
 
         Returns:
-            The best N detections of each image: boxes (B, N, 4) as (x0, y0, x1, y1), in [0, 1] inside the image, scores
-            (B, N) in (0, 1), classes (B, N) int64.
+            The n best detections of each image: boxes (B, n, 4) as (x0, y0, x1, y1), in [0, 1] inside the image, scores
+            (B, n) in (0, 1), classes (B, n) int64.
         """
         model = self.model
         predictions, _ = model.decode((images - model.pixel_mean) / model.pixel_std, image_sizes=None, targets=None)
-        logits, boxes = predictions["pred_logits"][-1], predictions["pred_boxes"][-1]
-        scores, classes, corners, _ = best_pairs(logits, boxes, model.max_detections)
+        last = predictions.logits[-1], predictions.boxes[-1]
+        scores, classes, corners, _ = best_pairs(*last, model.max_detections)
         return corners, scores, classes
 
 
 def describe(predictor: Predictor) -> dict:
-    """What a program that runs the exported file has to know."""
+    """Return what a program that runs the exported file has to know."""
     cfg = predictor.cfg
     return {
         "channel_order": cfg.INPUT.FORMAT,
@@ -61,12 +61,12 @@ def describe(predictor: Predictor) -> dict:
 
 
 def export(predictor: Predictor, path: str | Path, size: tuple[int, int] = (480, 640)) -> None:
-    """Write the model to a file that runs without this project, for any batch and any image of at least 64 pixels a side.
+    """Write the model to a file that runs without this project, for any batch and images of at least 64 pixels per side.
 
     Args:
         predictor: the model; it is exported from the CPU, in float32.
         path: ending in ``.onnx`` for ONNX, or in ``.pt2`` for ``torch.export``. The file carries :func:`describe` as JSON:
-            ONNX in its metadata under "samdetr", ``torch.export`` in its extra file "samdetr.json".
+            ONNX in its metadata as "samdetr", ``torch.export`` in its extra file "samdetr.json".
         size: height and width of the image that the model is traced with.
 
     Raises:
@@ -74,9 +74,12 @@ def export(predictor: Predictor, path: str | Path, size: tuple[int, int] = (480,
     """
     path = Path(path)
     if min(size) < _SMALLEST_SIDE:
-        raise UserError(f"--size {size[0]} {size[1]}: trace with an image of at least {_SMALLEST_SIDE} pixels a side.")
+        raise UserError(
+            f"size is {size[0]} x {size[1]}: trace with an image of at least {_SMALLEST_SIDE} pixels per side.",
+            argument="size",
+        )
     if path.suffix not in (".onnx", ".pt2"):
-        raise UserError(f"--output {path}: name a file that ends in .onnx (ONNX) or .pt2 (torch.export).")
+        raise UserError(f"{path}: name a file that ends in .onnx (ONNX) or .pt2 (torch.export).", argument="output")
     divisor = max(1, predictor.model.backbone.size_divisibility)
     height, width = (-(-side // divisor) * divisor for side in size)
     model = ExportableModel(copy.deepcopy(predictor.model).cpu().float()).eval()
@@ -87,9 +90,9 @@ def export(predictor: Predictor, path: str | Path, size: tuple[int, int] = (480,
     shapes = {"images": {0: batch, 2: sides[0], 3: sides[1]}}
     description = json.dumps(describe(predictor))
     with torch.no_grad():
-        # Some shapes hold for every size without the tracer being able to prove it; then it asserts them at run time.
+        # Some facts about shapes hold for every size, but the tracer cannot prove them; it then asserts them at run time.
         if "prefer_deferred_runtime_asserts_over_guards" not in inspect.signature(torch.export.export).parameters:
-            raise UserError(f"Exporting needs a newer torch than {torch.__version__} (2.15 is known to do).")
+            raise UserError(f"Exporting needs a newer torch than {torch.__version__} (2.14 is known to work).")
         program = torch.export.export(
             model,
             (images,),

@@ -7,14 +7,13 @@ instances = predictor("street.jpg")
 import contextlib
 import logging
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
@@ -23,14 +22,14 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from .checkpoint import CheckedCheckpointer
-from .checks import check_model, check_weights_file, merge_options, number_of_classes
-from .config import add_samdetr_config
+from .checkpoint import CheckedCheckpointer, Checkpoint
+from .checks import check_model
+from .config import load_config, merge_options
 from .data import register_coco_format
 from .errors import UserError
-from .layers import autocast
+from .solver import autocast
 
-__all__ = ["ImageSource", "Predictor", "config_of", "list_images", "load", "read_image", "self_description"]
+__all__ = ["ImageSource", "Predictor", "is_config", "list_images", "load", "read_image"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,33 +37,11 @@ logger = logging.getLogger(__name__)
 ImageSource = str | os.PathLike | Image.Image | np.ndarray
 
 
-def self_description(cfg: CfgNode) -> dict[str, Any]:
-    """What a checkpoint carries so that it can be loaded without anything else.
-
-    Args:
-        cfg: the config of the run; its training datasets are registered.
-
-    Returns:
-        ``config`` (YAML text), ``class_names``, and ``category_ids``, the dataset's own ids in the same order; the latter
-        two are None if the dataset does not name its classes.
-    """
-    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if len(cfg.DATASETS.TRAIN) else None
-    names = metadata and metadata.get("thing_classes")
-    ids = metadata and metadata.get("thing_dataset_id_to_contiguous_id")
-    if names and len(names) != number_of_classes(cfg)[1]:
-        names = ids = None
-    return {
-        "config": cfg.dump(),
-        "class_names": list(names) if names else None,
-        "category_ids": sorted(ids, key=ids.get) if ids else None,
-    }
-
-
 def read_image(source: ImageSource) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8, RGB; a file is turned upright if its EXIF data says how, as in training.
+    """Read an image as (H, W, 3) uint8, RGB. Files are rotated upright by their EXIF data, as in training.
 
     Raises:
-        UserError: the file is missing or no image, or the array is not (H, W, 3) or (H, W) of uint8.
+        UserError: the file is missing or not an image, or the array is not (H, W, 3) or (H, W) of uint8.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] != 3):
@@ -92,7 +69,7 @@ class Predictor:
         cfg: the model's config.
         model: the model.
         class_names: the classes' names, by index.
-        category_ids: the ids of the classes in the dataset it was trained on, by index.
+        category_ids: the ids of the classes in the training dataset, by index.
     """
 
     def __init__(
@@ -107,26 +84,25 @@ class Predictor:
         number = cfg.MODEL.SAMDETR.NUM_CLASSES
         if class_names is not None and len(class_names) != number:
             raise UserError(
-                f"There are {len(class_names)} class names for a model of {number} classes: give one for each "
-                "(--class-names, or class_names=...)."
+                f"There are {len(class_names)} class names for a model of {number} classes: give one name per class.",
+                argument="class_names",
             )
         self.class_names = list(class_names) if class_names else [f"class {i}" for i in range(number)]
         self.category_ids = list(category_ids) if category_ids else list(range(number))
-        self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST)
 
     def __call__(self, images: ImageSource | Iterable[ImageSource], batch_size: int = 1) -> Instances | list[Instances]:
-        """Detect.
+        """Detect objects.
 
         Args:
             images: one image or several, each a path, a PIL image, or an array (H, W, 3) uint8 in RGB.
-            batch_size: how many go through the model at once. Images of different sizes are padded to the largest of
-                them, which changes results a little; one at a time is exact.
+            batch_size: how many images go through the model at once. Images of different sizes are padded to the largest
+                of them, which changes results slightly; one at a time is exact.
 
         Returns:
-            For one image detectron2's :class:`Instances`, on the CPU, else a list: ``pred_boxes`` in the image's pixels,
-            ``scores`` in (0, 1), ``pred_classes`` (indices into ``class_names``) and ``query_indices``, best first, all
-            ``TEST.DETECTIONS_PER_IMAGE`` of them: choose a threshold. Scores of focal loss are lower than a softmax's;
-            0.3 is a good start.
+            For one image detectron2's :class:`Instances`, on the CPU; for several a list of them. Each has ``pred_boxes`` in
+            the image's pixels, ``scores`` in (0, 1), ``pred_classes`` (indices into ``class_names``) and ``query_indices``,
+            best first, all ``TEST.DETECTIONS_PER_IMAGE`` of them. Choose a threshold: scores of focal loss are lower than a
+            softmax's, and 0.3 is a good start.
 
         Raises:
             UserError: an image cannot be read.
@@ -142,12 +118,11 @@ class Predictor:
         return results
 
     def prepare(self, image: np.ndarray) -> dict[str, Any]:
-        """Make detectron2's model input of an image (H, W, 3) uint8, RGB."""
+        """Turn an image (H, W, 3) uint8, RGB, into detectron2's model input."""
         height, width = image.shape[:2]
         sizes = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
         new_height, new_width = T.ResizeShortestEdge.get_output_shape(height, width, *sizes)
-        # Of a thin image, a line is left.
-        resize = T.ResizeTransform(height, width, max(1, new_height), max(1, new_width))
+        resize = T.ResizeTransform(height, width, max(1, new_height), max(1, new_width))  # at least one pixel per side
         resized = resize.apply_image(image)
         if self.cfg.INPUT.FORMAT == "BGR":
             resized = resized[:, :, ::-1]
@@ -163,109 +138,69 @@ def load(
     device: str | None = None,
     options: Sequence[Any] = (),
 ) -> Predictor:
-    """Load a trained model.
+    """Load a trained model. A checkpoint is opened once.
 
     Args:
         source: a checkpoint that this project has saved, which carries its config and class names; or a config file, whose
             ``MODEL.WEIGHTS`` is loaded.
-        config_file: the config of a checkpoint that carries none, or another one than it carries.
+        config_file: the config of a checkpoint that carries none, or another one than it carries; a path or a name, see
+            :func:`samdetr.load_config`.
         class_names: the classes' names, if the checkpoint carries none.
         device: where to run, "cpu" or "cuda"; by default CUDA if there is any.
         options: config keys and values, in turn, that replace those of the config.
 
     Raises:
-        UserError: a file is missing or unreadable, the checkpoint does not fit the config, or carries none and none is
-            given.
+        UserError: a file is missing or unreadable; the checkpoint does not fit the config; or it carries no config and none
+            is given.
     """
-    device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = [*options, "MODEL.DEVICE", _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))]
     source = os.fspath(source)
-    if not _is_config(source):
-        source = PathManager.get_local_path(source) if "://" in source else source
-        carried = _read_description(source)
-        cfg = config_of(source, config_file=config_file, carried=carried)
+    checkpoint = None
+    if is_config(source):
+        cfg = load_config(source, options)
+        if Path(cfg.MODEL.WEIGHTS).is_file() and not cfg.MODEL.WEIGHTS.endswith(".pkl"):
+            checkpoint = Checkpoint.read(cfg.MODEL.WEIGHTS)
     else:
-        cfg = config_of(source)
-        carried = _read_description(cfg.MODEL.WEIGHTS) if Path(cfg.MODEL.WEIGHTS).is_file() else {}
-    merge_options(cfg, "", [*options, "MODEL.DEVICE", device])
+        path = PathManager.get_local_path(source) if "://" in source else source
+        checkpoint = Checkpoint.read(path, name="checkpoint")
+        cfg = load_config(config_file) if config_file is not None else checkpoint.config()
+        if cfg is None:
+            raise UserError(
+                f"{source} carries no config: name the one that it was trained with.", argument="config_file"
+            )
+        cfg = merge_options(cfg, ["MODEL.WEIGHTS", path, *options])
     if cfg.MODEL.META_ARCHITECTURE != "SAMDETR":
-        raise UserError(f"{source} is a {cfg.MODEL.META_ARCHITECTURE}; this loads SAMDETR models.")
+        raise UserError(f"{source} is a {cfg.MODEL.META_ARCHITECTURE}; only SAMDETR models can be loaded here.")
     check_model(cfg)
     model = build_model(cfg)
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: this model has RANDOM weights. Load a checkpoint instead.")
-    check_weights_file(cfg.MODEL.WEIGHTS)
     # What was evaluated in training is what predicts: the averaged weights, if there are any.
-    use_average = cfg.SOLVER.EMA.ENABLED and "average" in carried
-    CheckedCheckpointer(model, complete=True, use_average=use_average).load(cfg.MODEL.WEIGHTS)
-    known_names, known_ids = _classes_of_dataset(cfg)
-    return Predictor(
-        cfg,
-        model,
-        class_names or carried.get("class_names") or known_names,
-        carried.get("category_ids") or known_ids,
-    )
+    use_average = cfg.SOLVER.EMA.ENABLED and checkpoint is not None and checkpoint.average is not None
+    CheckedCheckpointer(model, complete=True, use_average=use_average).load(checkpoint or cfg.MODEL.WEIGHTS)
+    names, ids = _classes_of_dataset(cfg)
+    if checkpoint is not None:
+        names, ids = checkpoint.class_names or names, checkpoint.category_ids or ids
+    return Predictor(cfg, model, class_names or names, ids)
 
 
 def _check_device(device: str) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise UserError(f"There is no device {device!r}: use cpu or cuda (--device, or device=...).") from error
+        raise UserError(f"There is no device {device!r}: use cpu or cuda.", argument="device") from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "The device is to be cuda, but there is no CUDA device here: use cpu (--device, or device=...)."
-        )
+        raise UserError(f"device is {device!r}, but there is no CUDA device here: use cpu.", argument="device")
     return device
 
 
-def config_of(
-    source: str | os.PathLike, config_file: str | os.PathLike | None = None, carried: dict[str, Any] | None = None
-) -> CfgNode:
-    """The config of a checkpoint, or of a config file; arguments and errors as of :func:`load`.
-
-    Args:
-        carried: what the checkpoint carries, if it has been read.
-    """
-    source = os.fspath(source)
-    cfg = get_cfg()
-    add_samdetr_config(cfg)
-    if _is_config(source):
-        merge_options(cfg, source, [])
-        return cfg
-    carried = _read_description(source) if carried is None else carried
-    if config_file is not None:
-        merge_options(cfg, os.fspath(config_file), [])
-    elif "config" in carried:
-        try:
-            cfg.merge_from_other_cfg(CfgNode.load_cfg(carried["config"]))
-        except (KeyError, ValueError, AssertionError) as error:
-            raise UserError(
-                f"{source} carries a config of another version of this project ({error}): name a config file that fits "
-                "(--config-file, or config_file=...)."
-            ) from error
-    else:
-        raise UserError(
-            f"{source} carries no config: name the one that it was trained with (--config-file, or config_file=...)."
-        )
-    cfg.MODEL.WEIGHTS = source
-    return cfg
-
-
-def _is_config(source: str) -> bool:
-    return source.lower().endswith((".yaml", ".yml"))
-
-
-def _read_description(source: str) -> dict[str, Any]:
-    """What a checkpoint holds, without reading its weights."""
-    check_weights_file(source, given_as="checkpoint")
-    if source.endswith(".pkl"):
-        return {}
-    carried = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-    return carried if isinstance(carried, dict) else {}
+def is_config(source: str | os.PathLike) -> bool:
+    """Return whether a path names a config file (by its ending) rather than a checkpoint."""
+    return os.fspath(source).lower().endswith((".yaml", ".yml"))
 
 
 def _classes_of_dataset(cfg: CfgNode) -> tuple[list[str] | None, list[int] | None]:
-    """Class names and category ids of the config's dataset, if it is one whose classes are known here."""
+    """Return class names and category ids of the config's dataset, if its classes are known here; else None twice."""
     with contextlib.suppress(UserError):  # its files need not be on this machine
         register_coco_format(cfg)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
@@ -279,7 +214,7 @@ def _classes_of_dataset(cfg: CfgNode) -> tuple[list[str] | None, list[int] | Non
 
 
 def list_images(paths: Iterable[str | os.PathLike], suffixes: Iterable[str]) -> list[Path]:
-    """Files, and all files below folders that have one of the suffixes, sorted, each once.
+    """List files, and all files below folders that have one of the suffixes; sorted, each once.
 
     Raises:
         UserError: a path does not exist, or a folder holds no such file.
@@ -287,9 +222,10 @@ def list_images(paths: Iterable[str | os.PathLike], suffixes: Iterable[str]) -> 
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            raise UserError(f"--input {path}: there is no such file or folder (looked in {os.getcwd()}).")
+            raise UserError(f"{path}: there is no such file or folder (looked in {os.getcwd()}).", argument="input")
         found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
         if not found:
-            raise UserError(f"--input {path}: the folder holds no file that ends in {', '.join(sorted(suffixes))}.")
+            endings = ", ".join(sorted(suffixes))
+            raise UserError(f"{path}: the folder holds no file that ends in {endings}.", argument="input")
         files += found
     return list({file.resolve(): file for file in reversed(files)}.values())[::-1]

@@ -1,4 +1,4 @@
-"""AdamW with a rate of its own for the backbone, and gradient clipping over the whole model (as published)."""
+"""AdamW with a separate learning rate for the backbone, clipping over the whole model (as published), mixed precision."""
 
 from functools import partial
 
@@ -8,7 +8,12 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 
 from .errors import UserError
 
-__all__ = ["FullModelClippingAdamW", "backbone_lr_factor", "build_optimizer"]
+__all__ = ["FullModelClippingAdamW", "autocast", "backbone_lr_factor", "build_optimizer"]
+
+
+def autocast(cfg, device: torch.device):
+    """Return the context of mixed precision that ``cfg.SOLVER.AMP`` asks for, for training and inference alike."""
+    return torch.autocast(device.type, dtype=getattr(torch, cfg.SOLVER.AMP.PRECISION), enabled=cfg.SOLVER.AMP.ENABLED)
 
 
 class FullModelClippingAdamW(torch.optim.AdamW):
@@ -22,7 +27,7 @@ class FullModelClippingAdamW(torch.optim.AdamW):
         self._measured_norm: torch.Tensor | None = None
 
     def measure_gradients(self) -> torch.Tensor:
-        """The joint norm of all gradients; the next :meth:`step` clips by it and does not measure again."""
+        """Return the joint norm of all gradients; the next :meth:`step` clips by it and does not measure again."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         self._measured_norm = torch.nn.utils.get_total_norm(gradients, self.norm_type)
         return self._measured_norm
@@ -43,16 +48,19 @@ class FullModelClippingAdamW(torch.optim.AdamW):
 
 
 def backbone_lr_factor(name: str, multiplier: float) -> float:
-    """The share of the learning rate for a parameter of that name: ``multiplier`` in the backbone, else 1."""
+    """Return the factor of the learning rate for a parameter of that name: ``multiplier`` in the backbone, else 1."""
     return multiplier if name.startswith("backbone.") else 1.0
 
 
 def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer that ``cfg.SOLVER.OPTIMIZER`` names: detectron2's SGD, or AdamW.
 
-    With AdamW, parameters below ``model.backbone`` learn at ``BASE_LR * BACKBONE_MULTIPLIER``, all others at ``BASE_LR``;
+    With AdamW, parameters of ``model.backbone`` learn at ``BASE_LR * BACKBONE_MULTIPLIER``, all others at ``BASE_LR``;
     frozen ones are left out. Weight decay applies to everything, as published, unless ``WEIGHT_DECAY_NORM`` or
     ``WEIGHT_DECAY_BIAS`` say otherwise.
+
+    Raises:
+        UserError: ``CLIP_GRADIENTS`` asks for clipping over the full model by something other than the norm.
     """
     if cfg.SOLVER.OPTIMIZER == "SGD":
         return build_sgd(cfg, model)
@@ -65,7 +73,7 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         lr_factor_func=partial(backbone_lr_factor, multiplier=cfg.SOLVER.BACKBONE_MULTIPLIER),
     )
-    # One pass over the weights in place of a dozen.
+    # A fused step passes over the weights once instead of a dozen times.
     fused = all(p.device.type in ("cpu", "cuda") for group in parameters for p in group["params"])
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED and clip.FULL_MODEL:
@@ -85,14 +93,14 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
-    """A checkpoint's optimizer may not have been fused; this one stays what it is."""
+    """Keep this optimizer fused or not, whatever the checkpoint's was."""
     own = optimizer.param_groups
     groups = [{**group, "fused": mine["fused"]} for group, mine in zip(state_dict["param_groups"], own)]
     return {**state_dict, "param_groups": groups}
 
 
 def _lay_moments_out(optimizer: torch.optim.Optimizer) -> None:
-    """The fused step takes moments to lie in memory like their parameters, and a checkpoint's may not."""
+    """Lay moments out in memory like their parameters, which the fused step assumes and a checkpoint may not have."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():

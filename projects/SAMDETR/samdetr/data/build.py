@@ -1,4 +1,4 @@
-"""Data loaders over detectron2's datasets: cleaned annotations, DETR's augmentation, an order that can be resumed."""
+"""Build data loaders over detectron2's datasets, with cleaned annotations and an order that can be resumed."""
 
 import copy
 import logging
@@ -15,18 +15,59 @@ from ..errors import UserError
 from .dataset_mapper import DetrDatasetMapper
 from .sampling import SampledDataset, TrainingBatchSampler
 
-__all__ = ["build_test_loader", "build_train_loader", "clean_annotations"]
+__all__ = ["TrainLoader", "build_test_loader", "build_train_loader", "clean_annotations"]
 
 logger = logging.getLogger(__name__)
 
 
-def build_train_loader(cfg) -> DataLoader:
-    """An endless loader over ``cfg.DATASETS.TRAIN`` that yields this process's share of each batch.
+class TrainLoader(DataLoader):
+    """An endless loader that yields this process's share of each batch.
 
-    Its ``batch_sampler`` is a :class:`TrainingBatchSampler` and its ``dataset`` a :class:`SampledDataset`; what they yield
-    depends on their seed and the batch's number alone (``cfg.SEED``, or a random seed if that is negative).
+    What it yields depends on the seed and on the number of the batch only, so that a run can be entered anywhere, with any
+    number of workers.
+    """
+
+    def __init__(self, dataset: SampledDataset, batch_sampler: TrainingBatchSampler, *, num_workers: int):
+        super().__init__(
+            dataset, batch_sampler=batch_sampler, num_workers=num_workers, collate_fn=trivial_batch_collator
+        )
+
+    @property
+    def seed(self) -> int:
+        """The seed of order and augmentation; may be set before iteration starts."""
+        return self.batch_sampler.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.batch_sampler.seed = self.dataset.seed = seed
+
+    @property
+    def start(self) -> int:
+        """The number of batches to leave out at the beginning; may be set before iteration starts."""
+        return self.batch_sampler.start
+
+    @start.setter
+    def start(self, start: int) -> None:
+        self.batch_sampler.start = start
+
+    def epoch(self, batches: int) -> float:
+        """Return how many times so many batches, of all processes together, go through the images."""
+        return batches * self.batch_sampler.batch_size / self.batch_sampler.size
+
+
+def build_train_loader(cfg) -> TrainLoader:
+    """Build the loader over ``cfg.DATASETS.TRAIN``; its seed is ``cfg.SEED``, or a random one if that is negative.
+
+    Raises:
+        UserError: the datasets have no image, or the batch cannot be shared evenly among the processes.
     """
     names, filter_empty = cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    world_size = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a positive multiple of the number of processes "
+            f"({world_size})."
+        )
     try:
         records = clean_annotations(get_detection_dataset_dicts(names, filter_empty=filter_empty))
     except AssertionError as error:  # detectron2's, for datasets without images
@@ -36,7 +77,7 @@ def build_train_loader(cfg) -> DataLoader:
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         wide = [record.get("width", 0) > record.get("height", 0) for record in records]
     dataset = SampledDataset(
-        DatasetFromList(records, copy=False),  # serialised, so that workers share it
+        DatasetFromList(records, copy=False),  # serialised, so that workers share the memory
         DetrDatasetMapper(cfg, is_train=True),
         seed=seed,
         skip_unreadable=cfg.DATALOADER.UNREADABLE_IMAGES == "skip",
@@ -47,31 +88,26 @@ def build_train_loader(cfg) -> DataLoader:
         seed=seed,
         wide=wide,
         rank=comm.get_rank(),
-        world_size=comm.get_world_size(),
+        world_size=world_size,
     )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=trivial_batch_collator,
-    )
+    return TrainLoader(dataset, sampler, num_workers=cfg.DATALOADER.NUM_WORKERS)
 
 
 def build_test_loader(cfg, dataset_name: str):
-    """detectron2's test loader, ``cfg.TEST.IMS_PER_BATCH`` images a batch."""
+    """Build detectron2's test loader, with ``cfg.TEST.IMS_PER_BATCH`` images per batch."""
     mapper = DetrDatasetMapper(cfg, is_train=False)
     return build_detection_test_loader(cfg, dataset_name, mapper=mapper, batch_size=cfg.TEST.IMS_PER_BATCH)
 
 
 def clean_annotations(dataset_dicts: list[dict]) -> list[dict]:
-    """Drop boxes that nothing can be learned from, clip those that reach over the image, and log how many.
+    """Drop boxes that nothing can be learned from, clip those that reach over the image's edge, and log how many.
 
     Args:
-        dataset_dicts: detectron2's standard dataset dicts; not changed. Without ``height`` and ``width``, boxes that reach
-            over the right or lower edge are left to the dataset mapper.
+        dataset_dicts: detectron2's standard dataset dicts, which stay unchanged. Without ``height`` and ``width``, boxes
+            that reach over the right or lower edge are left to the dataset mapper.
 
     Returns:
-        The same images in the same order, also those left without boxes; boxes are clipped to the image.
+        The same images in the same order, including those left without boxes.
     """
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}

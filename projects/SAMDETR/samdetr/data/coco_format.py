@@ -1,4 +1,4 @@
-"""COCO-format datasets named in a config, without writing Python."""
+"""Register COCO-format datasets that a config names, so that no Python is needed for them."""
 
 import json
 import os
@@ -9,11 +9,28 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
 
-__all__ = ["register_coco_format"]
+__all__ = ["read_class_names", "register_coco_format"]
+
+
+def read_class_names(json_file: str) -> list[str]:
+    """Return the class names in a COCO-format annotation file, in the order of their ids.
+
+    Raises:
+        UserError: the file is not in COCO's format.
+    """
+    with PathManager.open(json_file) as f:
+        try:
+            categories = json.load(f)["categories"]
+            return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f'{json_file} is not in COCO\'s format ({type(error).__name__}: {error}): it needs "images", '
+                '"annotations" and "categories", each category with "id" and "name".'
+            ) from error
 
 
 def register_coco_format(cfg) -> None:
-    """Register the datasets of ``cfg.DATASETS.COCO_FORMAT``, again without effect.
+    """Register the datasets of ``cfg.DATASETS.COCO_FORMAT``. Calling it twice is harmless.
 
     Args:
         cfg: each entry is (name, annotation file, image folder); class names come from the file's ``categories``.
@@ -40,13 +57,8 @@ def register_coco_format(cfg) -> None:
             raise UserError(
                 f"DATASETS.COCO_FORMAT: {name}'s image folder {image_root} does not exist (looked in {os.getcwd()})."
             )
-        with PathManager.open(json_file) as f:
-            try:
-                categories = json.load(f)["categories"]
-                names = [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"DATASETS.COCO_FORMAT: {json_file} is not COCO's format ({type(error).__name__}: {error}): it needs "
-                    '"images", "annotations" and "categories", each category with "id" and "name".'
-                ) from error
+        try:
+            names = read_class_names(json_file)
+        except UserError as error:
+            raise UserError(f"DATASETS.COCO_FORMAT: {error}") from error
         register_coco_instances(name, {"thing_classes": names}, json_file, image_root)

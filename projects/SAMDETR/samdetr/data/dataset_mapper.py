@@ -1,4 +1,4 @@
-"""DETR's training augmentation for detectron2's dataset mapper."""
+"""DETR's training augmentation, for detectron2's dataset mapper."""
 
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
@@ -9,7 +9,7 @@ __all__ = ["DetrDatasetMapper", "build_train_augmentation"]
 
 
 class RandomApply(T.RandomApply):
-    """detectron2's, which also says in the log what it applies."""
+    """detectron2's, with a name that says in the log what it applies."""
 
     def __repr__(self):
         return f"RandomApply({self.aug}, prob={self.prob})"
@@ -18,10 +18,9 @@ class RandomApply(T.RandomApply):
 
 
 def build_train_augmentation(cfg) -> list[T.Augmentation]:
-    """Flip; with probability ``INPUT.DETR_CROP.PROB`` resize and crop; resize (DETR's augmentation).
+    """Build DETR's augmentation: flip; with probability ``INPUT.DETR_CROP.PROB`` resize and crop; then resize.
 
-    The crop comes before the one resize that every image gets: an image is either resized, or resized, cropped and
-    resized again.
+    So an image is either resized, or resized, cropped and resized again.
     """
     augmentation: list[T.Augmentation] = []
     if cfg.INPUT.RANDOM_FLIP != "none":
@@ -45,7 +44,7 @@ def build_train_augmentation(cfg) -> list[T.Augmentation]:
 class DetrDatasetMapper(DatasetMapper):
     """detectron2's mapper with :func:`build_train_augmentation` in training; it logs what it applies.
 
-    Boxes are clipped to the cropped image, and dropped if nothing is left. An image may end without boxes.
+    Boxes are clipped to the cropped image, and dropped if nothing is left. An image may end up without boxes.
     """
 
     @classmethod

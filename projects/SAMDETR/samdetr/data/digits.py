@@ -1,10 +1,9 @@
 """The embedded dataset ``digits_train`` / ``digits_val``: handwritten digits on photographs, made without a network.
 
-Real scans of handwritten digits (8 x 8 pixels, from scikit-learn's bundled copy of the UCI set) are scaled, turned,
-coloured and laid over crops of scikit-learn's two bundled photographs, sometimes overlapping. The scans and the
-regions of the photographs used for training and for validation are disjoint. The same images come out every time; they
-are written once, as JPEG files and a COCO-format JSON, below ``$DETECTRON2_DATASETS`` (by default ``./datasets``), and
-read through the same path as COCO.
+Real scans of handwritten digits (8 x 8 pixels, from scikit-learn's bundled copy of the UCI set) are scaled, rotated, coloured
+and pasted over crops of scikit-learn's two bundled photographs, sometimes overlapping. Training and validation use different
+scans and different regions of the photographs. The images are the same every time. They are written once, as JPEG files and
+a COCO-format JSON, below ``$DETECTRON2_DATASETS`` (by default ``./datasets``), and read like COCO.
 """
 
 import json
@@ -55,13 +54,13 @@ DIGITS_DATASETS = [f"digits_{split}" for split in _SPLITS]
 
 
 def _dataset_paths(root: str, split: str) -> tuple[str, str]:
-    """Annotation file and image folder."""
+    """Return the annotation file and the image folder."""
     folder = os.path.join(root, _FOLDER)
     return os.path.join(folder, "annotations", f"{split}.json"), os.path.join(folder, split)
 
 
 def _draw_scan(scan: np.ndarray, height: float, angle: float) -> np.ndarray:
-    """Opacity, float in [0, 1], of a scan (8, 8) of 0 to 16 enlarged to ``height`` pixels, turned, cut to its extent."""
+    """Enlarge a scan, (8, 8) in 0 to 16, to ``height`` pixels, rotate it, and crop it to its extent; return its opacity."""
     side = int(np.ceil(height * 1.5))
     y, x = np.mgrid[:side, :side] - (side - 1) / 2
     scale = 8 / height
@@ -74,7 +73,7 @@ def _draw_scan(scan: np.ndarray, height: float, angle: float) -> np.ndarray:
 
 
 def _background(rng: np.random.RandomState, photographs: list[np.ndarray]) -> np.ndarray:
-    """A crop of a photograph as float (size, size, 3), 0 to 255."""
+    """Return a random crop of a photograph as float (size, size, 3), 0 to 255."""
     photograph = photographs[rng.randint(len(photographs))]
     side = rng.randint(_CROP_SIZES[0], _CROP_SIZES[1] + 1)
     top = rng.randint(photograph.shape[0] - side + 1)
@@ -87,7 +86,7 @@ def _background(rng: np.random.RandomState, photographs: list[np.ndarray]) -> np
 
 
 def _colour(rng: np.random.RandomState, behind: np.ndarray) -> np.ndarray:
-    """A colour that differs visibly from the mean colour behind."""
+    """Return a colour that differs visibly from the mean colour behind."""
     while True:
         colour = rng.randint(0, 256, 3).astype(np.float64)
         if abs(colour.mean() - behind.mean()) > 60:
@@ -95,7 +94,7 @@ def _colour(rng: np.random.RandomState, behind: np.ndarray) -> np.ndarray:
 
 
 def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
-    """Share of the smaller of two (x, y, w, h) boxes that the other covers."""
+    """Return the share of the smaller of two (x, y, w, h) boxes that the other covers."""
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     return max(width, 0) * max(height, 0) / min(a[2] * a[3], b[2] * b[3])
@@ -104,7 +103,7 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> floa
 def _draw_image(
     rng: np.random.RandomState, photographs: list[np.ndarray], scans: np.ndarray, digits: np.ndarray
 ) -> tuple[Image.Image, list[tuple[int, tuple[int, int, int, int]]]]:
-    """One image and its (digit, (x, y, w, h)) in pixels."""
+    """Draw one image; return it with its (digit, (x, y, w, h)) in pixels."""
     canvas = _background(rng, photographs)
     objects: list[tuple[int, tuple[int, int, int, int]]] = []
     wanted = 0 if rng.rand() < _WITHOUT_DIGITS else rng.randint(1, _MOST_DIGITS + 1)
@@ -127,7 +126,7 @@ def _draw_image(
 
 
 def write_digits(root: str) -> None:
-    """Write both splits below ``root``, unless they are there; safe for several processes at once.
+    """Write both splits below ``root``, unless they exist; several processes may do so at the same time.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -168,7 +167,7 @@ def write_digits(root: str) -> None:
 def _write_split(
     folder: str, name: str, split: _Split, scans: np.ndarray, digits: np.ndarray, photographs: list[np.ndarray]
 ) -> None:
-    rng = np.random.RandomState(split.seed)  # a frozen stream: the same numbers with every numpy
+    rng = np.random.RandomState(split.seed)  # gives the same numbers with every version of numpy
     photographs = [photograph[:, split.columns] for photograph in photographs]
     images, annotations = [], []
     os.mkdir(os.path.join(folder, name))

@@ -1,9 +1,9 @@
-"""The order and the randomness of the training data, both functions of the seed and the place in the run.
+"""Order and randomness of the training data, both determined by the seed and the place in the run.
 
-detectron2's samplers and workers carry state that a checkpoint does not hold: how far the stream has come, which images
-wait in an aspect ratio's bucket, the workers' random generators. Here a batch is computed from the seed and its number,
-and a sample's augmentation from the seed and the sample's place in the stream; so a run can be entered anywhere, with any
-number of workers, and any number of processes share the batches of one.
+detectron2's samplers and workers carry state that a checkpoint does not hold: the position in the stream, the images that
+wait in an aspect ratio's bucket, the workers' random generators. Here a batch is computed from the seed and its number, and
+a sample's augmentation from the seed and the sample's place in the stream. So a run can be entered anywhere, with any number
+of workers, and several processes share the batches that one process would have.
 """
 
 import contextlib
@@ -17,22 +17,20 @@ import torch
 from PIL.Image import DecompressionBombError
 from torch.utils.data import Dataset, Sampler
 
-from ..errors import UserError
-
 __all__ = ["SampledDataset", "TrainingBatchSampler", "UnreadableImageError", "seeded"]
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 20  # other images tried in the place of one that cannot be read
+_ATTEMPTS = 20  # how many images to try in place of one that cannot be read
 
 
 class UnreadableImageError(RuntimeError):
-    """An image or its annotation cannot be used; the message names the file."""
+    """An image or its annotations cannot be used; the message names the file."""
 
 
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's (CPU) generators by non-negative numbers, and restore them afterwards."""
+    """Seed the generators of Python, numpy and torch (CPU) with non-negative numbers, and restore them afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     for_python, for_numpy, for_torch = np.random.SeedSequence(numbers).generate_state(3).tolist()
     random.seed(for_python)
@@ -47,9 +45,9 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 class TrainingBatchSampler(Sampler):
-    """Endless shuffled batches of (place in the stream, index of the image).
+    """Yield endless shuffled batches of (place in the stream, index of the image).
 
-    Every process forms the same batches of all processes together and takes its share of each.
+    Every process forms the batches of all processes together, and takes its share of each.
 
     Attributes:
         seed: of the shuffling; may be set before iteration starts.
@@ -62,16 +60,16 @@ class TrainingBatchSampler(Sampler):
         """
         Args:
             size: number of images.
-            batch_size: images a batch, of all processes together.
+            batch_size: images per batch, of all processes together.
             seed: of the shuffling.
-            wide: for each image whether it is wider than high, to batch like with like (less padding); None: do not.
-            rank, world_size: this process, and how many there are.
+            wide: for each image whether it is wider than high, to batch like with like (less padding); None not to do so.
+            rank, world_size: number of this process, and how many there are.
 
         Raises:
             ValueError: the batch cannot be shared evenly.
         """
         if batch_size < 1 or batch_size % world_size:
-            raise UserError(f"SOLVER.IMS_PER_BATCH ({batch_size}) must be a multiple of the processes ({world_size}).")
+            raise ValueError(f"batch_size ({batch_size}) must be a positive multiple of world_size ({world_size}).")
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
@@ -100,7 +98,7 @@ class TrainingBatchSampler(Sampler):
 
 
 class SampledDataset(Dataset):
-    """Maps what the sampler yields, each sample with random numbers of its own.
+    """Map what the sampler yields, each sample with random numbers of its own.
 
     Attributes:
         seed: of the augmentation; may be set before iteration starts.
@@ -110,10 +108,10 @@ class SampledDataset(Dataset):
         """
         Args:
             dataset: detectron2's dataset dicts, by index.
-            mapper: makes the model's input of one.
+            mapper: turns one of them into the model's input.
             seed: of the augmentation.
-            skip_unreadable: whether another image takes the place of one that cannot be read; the mapped dict then
-                names those left out under ``unreadable_files``.
+            skip_unreadable: whether to use another image in place of one that cannot be read. The mapped dict then names
+                those left out under ``unreadable_files``.
         """
         self.dataset = dataset
         self.mapper = mapper

@@ -1,5 +1,6 @@
-"""Training: detectron2's trainer with what a long run needs."""
+"""Training and evaluation: detectron2's trainer with what a long run needs."""
 
+from .evaluation import evaluate_images
 from .trainer import Trainer, evaluate
 
-__all__ = ["Trainer", "evaluate"]
+__all__ = ["Trainer", "evaluate", "evaluate_images"]

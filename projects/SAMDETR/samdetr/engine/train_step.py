@@ -1,4 +1,4 @@
-"""One training step: mixed precision, gradient accumulation, and what happens when numbers go bad."""
+"""One training step: mixed precision, gradient accumulation, and what happens when numbers are not finite."""
 
 import contextlib
 import logging
@@ -12,26 +12,25 @@ from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
-from ..layers import autocast
-from ..solver import FullModelClippingAdamW
+from ..solver import FullModelClippingAdamW, autocast
 
 __all__ = ["TrainStep"]
 
 logger = logging.getLogger(__name__)
 
 _MOST_SKIPS_IN_A_ROW = 100
-_SMALLEST_LOSS_SCALE = 1.0  # float16 gradients that overflow below this would overflow without any scale
+_SMALLEST_LOSS_SCALE = 1.0  # float16 gradients that overflow below this would overflow without a scale as well
 
 
 def step_seed(seed: int, iteration: int, rank: int) -> int:
-    """The seed of one step's random numbers (the denoising queries' noise) on one process."""
+    """Return the seed of one step's random numbers (the noise of denoising queries) on one process."""
     return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1)[0])
 
 
 class TrainStep(SimpleTrainer):
-    """detectron2's step, in place of its SimpleTrainer and AMPTrainer.
+    """One step of training, in place of detectron2's SimpleTrainer and AMPTrainer.
 
-    Every step starts from random numbers of its own, a function of the seed, the iteration and the process.
+    Every step is seeded anew, by the run's seed, the iteration and the process, so that a resumed run draws the same numbers.
     """
 
     def __init__(self, cfg, model, data_loader, optimizer):
@@ -53,7 +52,7 @@ class TrainStep(SimpleTrainer):
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         self._count_unreadable(data)
-        torch.manual_seed(step_seed(self.data_loader.batch_sampler.seed, self.iter, comm.get_rank()))
+        torch.manual_seed(step_seed(self.data_loader.seed, self.iter, comm.get_rank()))
         self.optimizer.zero_grad()
         statistics = self._batch_statistics() if self.skip_non_finite else []
         before = [buffer.clone() for buffer in statistics]
@@ -61,12 +60,12 @@ class TrainStep(SimpleTrainer):
         self.after_backward()
         self.scaler.unscale_(self.optimizer)
         norm = self._measure_gradients()
-        # With a scaler, gradients that overflow are part of its search for a scale, and it leaves out the step by itself;
-        # but not when the scale has become so small that something else must be wrong.
+        # With a scaler, overflowing gradients are part of its search for a scale, and it skips the step by itself. But once
+        # the scale is this small, something else must be wrong.
         searching = self.scaler.is_enabled() and self.scaler.get_scale() >= _SMALLEST_LOSS_SCALE
         values = list(losses.values()) if searching else [norm, *losses.values()]
         own = finite = torch.stack(values).isfinite().all().float()
-        if comm.get_world_size() > 1:  # all processes decide alike
+        if comm.get_world_size() > 1:  # so that all processes decide alike
             finite = own.clone()
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         if finite:
@@ -81,23 +80,23 @@ class TrainStep(SimpleTrainer):
             self._handle_non_finite(losses, norm, data, bool(own))
 
     def _measure_gradients(self) -> torch.Tensor:
-        """The norm of all gradients."""
+        """Return the joint norm of all gradients."""
         if isinstance(self.optimizer, FullModelClippingAdamW):
             return self.optimizer.measure_gradients()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def _batch_statistics(self) -> list[torch.Tensor]:
-        """The running statistics that a forward pass changes."""
+        """Return the running statistics that a forward pass changes."""
         norms = [m for m in self.inner.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training]
         return [buffer for norm in norms for buffer in norm.buffers()]
 
     def _backward(self, data: list[dict]) -> dict[str, torch.Tensor]:
-        """Accumulate the gradients of all parts of the batch; return the whole batch's losses."""
+        """Accumulate the gradients of all parts of the batch, and return the losses of the whole batch."""
         if self.accumulation_steps > len(data):
             raise UserError(
                 f"SOLVER.ACCUMULATION_STEPS is {self.accumulation_steps}, more than the {len(data)} images that each "
-                "process has a step (SOLVER.IMS_PER_BATCH divided by the processes)."
+                "process has per step (SOLVER.IMS_PER_BATCH divided by the number of processes)."
             )
         parts = [data[i :: self.accumulation_steps] for i in range(self.accumulation_steps)]
         options = {}
@@ -119,7 +118,7 @@ class TrainStep(SimpleTrainer):
     def _handle_non_finite(
         self, losses: dict[str, torch.Tensor], norm: torch.Tensor, data: list[dict], own_is_finite: bool
     ) -> None:
-        """Stop, or leave this step out, by config; every process says what the ones with the bad numbers had."""
+        """Stop or skip this step, as the config says; the message tells what the processes with the bad numbers had."""
         values = ", ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())
         names = ", ".join(str(inputs.get("file_name", inputs.get("image_id"))) for inputs in data)
         details = f"(gradient norm {norm.item():.4g}; {values}). Images: {names}."
@@ -128,10 +127,10 @@ class TrainStep(SimpleTrainer):
         self.skips_in_a_row += 1
         if not self.skip_non_finite or self.skips_in_a_row > _MOST_SKIPS_IN_A_ROW:
             raise FloatingPointError(
-                f"{message} Lower SOLVER.BASE_LR, look at these images and their boxes, or leave such steps out with "
+                f"{message} Lower SOLVER.BASE_LR, look at these images and their boxes, or skip such steps with "
                 'SOLVER.NON_FINITE "skip".'
             )
-        logger.warning("%s The step is left out.", message)
+        logger.warning("%s The step is skipped.", message)
         if self.scaler.is_enabled():
             self.scaler.update()
 
@@ -144,13 +143,11 @@ class TrainStep(SimpleTrainer):
             return
         self.unreadable |= new
         get_event_storage().put_scalar("unreadable_images", len(self.unreadable), smoothing_hint=False)
-        logger.warning(
-            "Images that cannot be used: %d until now, new: %s.", len(self.unreadable), ", ".join(sorted(new))
-        )
+        logger.warning("Images that cannot be used: %d so far, new: %s.", len(self.unreadable), ", ".join(sorted(new)))
         if len(self.unreadable) > self.max_unreadable:
             raise RuntimeError(
                 f"{len(self.unreadable)} images cannot be used, more than DATALOADER.MAX_UNREADABLE_IMAGES "
-                f"({self.max_unreadable}): repair the dataset (tools/check_dataset.py lists them), or raise the limit."
+                f"({self.max_unreadable}): repair the dataset, or raise the limit."
             )
 
     def state_dict(self) -> dict:

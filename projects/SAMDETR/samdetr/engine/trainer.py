@@ -1,6 +1,5 @@
-"""detectron2's trainer with this project's data, optimizer, steps and checkpoints, and the evaluation of a checkpoint."""
+"""detectron2's trainer with this project's data, optimizer, steps and checkpoints."""
 
-import json
 import logging
 import math
 import os
@@ -8,18 +7,17 @@ import weakref
 
 import torch
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..checkpoint import CheckedCheckpointer
+from ..checkpoint import CheckedCheckpointer, Checkpoint, describe_run
 from ..data import build_test_loader, build_train_loader
 from ..errors import UserError
-from ..layers import autocast
-from ..predictor import self_description
-from ..solver import build_optimizer
+from ..solver import autocast, build_optimizer
+from .evaluation import build_evaluator, write_results
 from .train_step import TrainStep
 
 __all__ = ["Trainer", "evaluate"]
@@ -28,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class KeepBest(HookBase):
-    """Keeps the evaluated weights with the best AP in ``model_best.pth``, with that AP; a resumed run reads it there.
+    """Keep the evaluated weights with the best AP in ``model_best.pth``, with that AP, which a resumed run reads from there.
 
-    Comes after the evaluation. Unlike detectron2's BestCheckpointer it does not forget the best when a run is resumed, and
-    does not mark its file as the one to resume from.
+    This hook comes after the evaluation. Unlike detectron2's BestCheckpointer, it does not forget the best when a run is
+    resumed, and does not mark its file as the one to resume from.
     """
 
     def __init__(self, checkpointer: CheckedCheckpointer, period: int, metric: str):
@@ -43,7 +41,8 @@ class KeepBest(HookBase):
     def before_train(self):
         path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
         if self.trainer.start_iter > 0 and PathManager.isfile(path):
-            self.best = torch.load(path, map_location="cpu", weights_only=True).get("metric", -math.inf)
+            metric = Checkpoint.read(path, name="The best checkpoint").metric
+            self.best = -math.inf if metric is None else metric
 
     def after_step(self):
         next_iter = self.trainer.iter + 1
@@ -59,13 +58,11 @@ class KeepBest(HookBase):
         if value > self.best:  # never true of NaN
             self.best = value
             self.checkpointer.save("model_best", iteration=iteration, metric=value, tag=False)
-            logger.info(
-                "Best %s until now, %.2f at iteration %d: kept in model_best.pth.", self.metric, value, iteration
-            )
+            logger.info("Best %s so far, %.2f at iteration %d: kept in model_best.pth.", self.metric, value, iteration)
 
 
 def freeze_unused_backbone(model: torch.nn.Module) -> None:
-    """Freeze the backbone's parameters that none of the used features depends on, such as an FPN's other levels.
+    """Freeze the backbone's parameters that no used feature depends on, such as those of an FPN's other levels.
 
     They would never get a gradient, and DistributedDataParallel would wait for one.
     """
@@ -93,16 +90,15 @@ def freeze_unused_backbone(model: torch.nn.Module) -> None:
 
 
 class WriteEpoch(HookBase):
-    """Writes how many times the training images have been gone through beside the other metrics."""
+    """Write the epoch, how many times the images have been gone through, beside the other metrics."""
 
     def after_step(self):
-        sampler = self.trainer.data_loader.batch_sampler
-        epoch = (self.trainer.iter + 1) * sampler.batch_size / sampler.size
+        epoch = self.trainer.data_loader.epoch(self.trainer.iter + 1)
         self.trainer.storage.put_scalar("epoch", epoch, smoothing_hint=False)
 
 
 class UpdateAverage(HookBase):
-    """Updates the exponential moving average of the weights after each step."""
+    """Update the exponential moving average of the weights after each step."""
 
     def after_step(self):
         self.trainer.average.update_parameters(self.trainer.inner_model)
@@ -117,7 +113,7 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg):
-        # In place of DefaultTrainer.__init__, which knows two kinds of steps and CUDA's DistributedDataParallel only.
+        # Replaces DefaultTrainer.__init__, because it hard-codes SimpleTrainer/AMPTrainer and a CUDA device for DDP.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
@@ -137,7 +133,7 @@ class Trainer(DefaultTrainer):
             self.average = AveragedModel(self.inner_model, multi_avg_fn=get_ema_multi_avg_fn(cfg.SOLVER.EMA.DECAY))
             checkpointables["average"] = self.average
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.description = self_description(cfg)
+        self.description = describe_run(cfg)
         self.checkpointer = CheckedCheckpointer(
             model,
             cfg.OUTPUT_DIR,
@@ -168,11 +164,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        """detectron2's, in the config's precision."""
+        """Evaluate as detectron2 does, in the precision that the config asks for."""
         with autocast(cfg, next(model.parameters()).device):
             return super().test(cfg, model, evaluators)
 
@@ -181,7 +177,7 @@ class Trainer(DefaultTrainer):
         result = [hooks.IterationTimer(), hooks.LRScheduler(), WriteEpoch()]
         if self.average is not None:
             result.append(UpdateAverage())
-        # The checkpoint before the evaluation, so that a failure there loses nothing.
+        # The checkpoint comes before the evaluation, so that a failure there loses nothing.
         if comm.is_main_process():
             result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
         if cfg.DATASETS.TEST:
@@ -190,7 +186,7 @@ class Trainer(DefaultTrainer):
                 best = CheckedCheckpointer(
                     self.evaluated_model, cfg.OUTPUT_DIR, complete=False, description=self.description
                 )
-                # With several datasets, detectron2 names each result after its dataset; the first one decides.
+                # With several datasets, detectron2 names each result after its dataset. The first one decides.
                 metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
                 result.append(KeepBest(best, cfg.TEST.EVAL_PERIOD, metric))
         if comm.is_main_process():
@@ -198,9 +194,8 @@ class Trainer(DefaultTrainer):
         return result
 
     def _evaluate(self) -> dict:
-        if (
-            comm.get_world_size() > 1
-        ):  # BatchNorm's statistics, if not frozen, differ; rank 0's are those in checkpoints
+        if comm.get_world_size() > 1:
+            # BatchNorm's statistics, where they are not frozen, differ; those of rank 0 are in the checkpoints.
             for buffer in self.evaluated_model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         self._last_eval_results = self.test(self.cfg, self.evaluated_model)
@@ -208,30 +203,30 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def resume_or_load(self, resume=True):
-        """Go on from the last checkpoint in OUTPUT_DIR, if ``resume`` and there is one, else start from MODEL.WEIGHTS.
+        """Resume from the last checkpoint in OUTPUT_DIR, if ``resume`` and there is one; else start from MODEL.WEIGHTS.
 
         Raises:
             UserError: no checkpoint there can be read, it does not fit, or the processes find different ones.
         """
-        path = self.checkpointer.get_checkpoint_file() if resume else ""
-        if len(set(comm.all_gather(os.path.basename(path)))) > 1:
+        checkpoint = self.checkpointer.read_last() if resume else None
+        if len(set(comm.all_gather(checkpoint and os.path.basename(checkpoint.path)))) > 1:
             raise UserError(
                 f"The processes find different checkpoints in OUTPUT_DIR {self.cfg.OUTPUT_DIR}: it must be one folder that "
                 "all machines share."
             )
-        self.checkpointer.complete = bool(path)
-        if path:
-            self.checkpointer.load(path)
-            self.start_iter = self.iter + 1  # the checkpoint holds the iteration that was finished
+        self.checkpointer.complete = checkpoint is not None
+        if checkpoint is not None:
+            self.checkpointer.load(checkpoint)
+            self.start_iter = self.iter + 1  # the checkpoint holds the last finished iteration
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
-        self.data_loader.batch_sampler.start = self.start_iter
+        self.data_loader.start = self.start_iter
 
     def state_dict(self):
-        return {**super().state_dict(), "seed": self.data_loader.batch_sampler.seed, "settings": self._settings()}
+        return {**super().state_dict(), "seed": self.data_loader.seed, "settings": self._settings()}
 
     def _settings(self) -> dict:
-        """Keys whose values a resumed run keeps from its checkpoint, or that change what it goes on with."""
+        """Return the keys whose values a resumed run takes from its checkpoint, or that change how it continues."""
         solver = self.cfg.SOLVER
         return {
             "SOLVER.OPTIMIZER": solver.OPTIMIZER,
@@ -262,10 +257,10 @@ class Trainer(DefaultTrainer):
             if earlier != value:
                 logger.warning(
                     "%s was %s when this checkpoint was written and is now %s. A resumed run keeps its learning rates, weight "
-                    "decay and seed; to go on with others, start a new OUTPUT_DIR with MODEL.WEIGHTS.",
+                    "decay and seed; to use others, start a new OUTPUT_DIR with MODEL.WEIGHTS.",
                     *(key, earlier, value),
                 )
-        self.data_loader.batch_sampler.seed = self.data_loader.dataset.seed = state_dict["seed"]
+        self.data_loader.seed = state_dict["seed"]
 
 
 def evaluate(cfg) -> dict:
@@ -280,10 +275,3 @@ def evaluate(cfg) -> dict:
         write_results(cfg, results, f"evaluation_{stem}.json", cfg.MODEL.WEIGHTS)
         verify_results(cfg, results)
     return results
-
-
-def write_results(cfg, results: dict, name: str, weights: str) -> None:
-    """Write results, and what they are of, to a file in OUTPUT_DIR, on the main process."""
-    if comm.is_main_process():
-        with PathManager.open(os.path.join(cfg.OUTPUT_DIR, name), "w") as f:
-            json.dump({"weights": weights, "datasets": list(cfg.DATASETS.TEST), "results": results}, f, indent=1)

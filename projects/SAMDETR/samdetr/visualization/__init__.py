@@ -1,4 +1,4 @@
-"""Pictures: detections, ground truth, attention, training curves."""
+"""Draw detections, ground truth, attention and training curves."""
 
 from .attention import RecordedLayer, draw_attention, draw_head, record_attention
 from .curves import draw_curves, published_curves, published_names, read_metrics

@@ -1,6 +1,6 @@
-"""What each decoder layer looks at: reference box, representative keypoints, Gaussians and attention (paper, Figure 5).
+"""Draw what each decoder layer looks at: reference box, keypoints, Gaussians and attention (paper, Figure 5).
 
-Recorded by hooks while the model runs, and computed by the model's own functions.
+Hooks record it while the model runs; the model's own functions compute it.
 
 Shapes: B images, Q queries, n chosen queries, M heads, H x W a layer's feature map.
 """
@@ -16,10 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from ..cross_attention import DotProductAttention
-from ..decoder import level_of_layer
 from ..errors import UserError
-from ..structures import AlignedQuery, FeatureLevel
+from ..modeling.cross_attention import DotProductAttention
+from ..modeling.structures import AlignedQuery, FeatureLevel
 
 __all__ = ["RecordedLayer", "draw_attention", "draw_head", "record_attention"]
 
@@ -45,20 +44,20 @@ class RecordedLayer:
     output: Tensor
 
     def chosen(self, queries: Sequence[int]) -> AlignedQuery:
-        """The aligned query of some queries only."""
+        """Return the aligned query of some queries only."""
         fields = (self.query.content, self.query.position, self.query.keypoints, self.query.gaussian_scales)
         return AlignedQuery(*(None if field is None else field[:, list(queries)] for field in fields))
 
     @torch.no_grad()
     def attention_weights(self, queries: Sequence[int]) -> Tensor:
-        """(B, n, M, H, W): the weights that the model used; they sum to one over the unpadded pixels."""
+        """Return the weights that the model used, (B, n, M, H, W); they sum to one over the unpadded pixels."""
         weights = self.cross_attention.attention_weights(self.chosen(queries), self.level)
         return weights.transpose(1, 2).unflatten(-1, self.level.size)
 
     @torch.no_grad()
     def gaussians(self, queries: Sequence[int]) -> Tensor | None:
-        """(B, n, M, H, W) in (0, 1], what each head's Gaussian multiplies its weights by; None without SMCA."""
-        x, y = self.cross_attention.logit_bias(self.chosen(queries), self.level)
+        """Return each head's Gaussian, (B, n, M, H, W) in (0, 1], which multiplies its weights; None without SMCA."""
+        x, y = self.cross_attention.log_gaussian(self.chosen(queries), self.level)
         return None if x is None else (x[..., None, :] + y[..., :, None]).exp().transpose(1, 2)
 
 
@@ -75,10 +74,9 @@ def record_attention(model: nn.Module) -> Iterator[list[RecordedLayer]]:
     layers = model.decoder.layers
     if not all(isinstance(layer.cross_attention, DotProductAttention) for layer in layers):
         raise UserError(
-            f"{type(layers[0].cross_attention).__name__} does not tell its attention weights: only classes derived "
+            f"{type(layers[0].cross_attention).__name__} does not expose its attention weights: only classes derived "
             "from DotProductAttention do."
         )
-    level_indices = level_of_layer(len(layers), len(model.in_features))
     recorded: list[RecordedLayer] = []
     boxes: list[Tensor] = []
 
@@ -89,8 +87,8 @@ def record_attention(model: nn.Module) -> Iterator[list[RecordedLayer]]:
         boxes.append(arguments[1].detach())
 
     def after_attention(module, arguments, output):
-        query, level = arguments
-        recorded.append(RecordedLayer(level_indices[len(recorded)], boxes[-1], query, level, module, output.detach()))
+        query, levels, index = arguments
+        recorded.append(RecordedLayer(index, boxes[-1], query, levels[index], module, output.detach()))
 
     handles = [layer.aligner.register_forward_hook(after_aligner) for layer in layers]
     handles += [layer.cross_attention.register_forward_hook(after_attention) for layer in layers]
@@ -103,7 +101,7 @@ def record_attention(model: nn.Module) -> Iterator[list[RecordedLayer]]:
 
 
 def head_colors(number: int) -> np.ndarray:
-    """(number, 3) colours in [0, 1] that tell the heads apart."""
+    """Return (number, 3) colours in [0, 1] that distinguish the heads."""
     return matplotlib.colormaps["hsv"](np.linspace(0, 1, number, endpoint=False))[:, :3]
 
 
@@ -117,7 +115,7 @@ class QueryView:
         cx, cy, w, h = layer.reference_boxes[0, query].tolist()
         self.corner, self.box_size = ((cx - w / 2) * width, (cy - h / 2) * height), (w * width, h * height)
         self.keypoints = layer.query.keypoints[0, query].detach().cpu().numpy() * (width, height)
-        valid_width, valid_height = (round(x) for x in layer.level.valid_size[0].tolist())
+        valid_height, valid_width = (round(x) for x in layer.level.valid_size[0].tolist())
         valid = (slice(None), slice(valid_height), slice(valid_width))
         self.weights = layer.attention_weights([query])[0, 0][valid].cpu().numpy()
         gaussians = layer.gaussians([query])
@@ -134,11 +132,13 @@ class QueryView:
         axis.set(xlim=self.extent[:2], ylim=self.extent[2:], xticks=[], yticks=[])
 
     def draw_head(self, axis, head: int, color) -> None:
-        """Attention over the darkened image, the head's keypoint, and its Gaussian's line of half height."""
+        """Draw attention over the darkened image, the head's keypoint, and the line where its Gaussian is half its height."""
         self.draw_image(axis, alpha=0.55)
         axis.set_facecolor("black")
         weights = self.weights[head]
-        opaque = 0.9 * np.sqrt(weights / max(weights.max(), 1e-12))  # weak attention shows, and leaves the image to see
+        opaque = 0.9 * np.sqrt(
+            weights / max(weights.max(), 1e-12)
+        )  # shows weak attention, and leaves the image visible
         axis.imshow(weights, extent=self.extent, cmap="inferno", alpha=opaque, interpolation="bilinear", vmin=0)
         self.draw_gaussian(axis, head, color)
         axis.plot(*self.keypoints[head], "o", color=color, markeredgecolor="white", markersize=6, clip_on=True)
@@ -149,17 +149,17 @@ class QueryView:
             axis.contour(*self.pixel_centres, self.gaussians[head], levels=[height / 2], colors=[color], linewidths=1.2)
 
     def draw_summary(self, axis) -> None:
-        """The image, the reference box, and all heads' keypoints."""
+        """Draw the image, the reference box, and all heads' keypoints."""
         self.draw_image(axis)
         for keypoint, color in zip(self.keypoints, head_colors(len(self.keypoints))):
             axis.plot(*keypoint, "o", color=color, markeredgecolor="white", markersize=6)
 
 
 def draw_attention(image: np.ndarray, layers: Sequence[RecordedLayer], query: int, title: str = "") -> np.ndarray:
-    """One sheet for one query: a row for each layer, the image with box and keypoints first, then every head.
+    """Draw a sheet for one query: a row for each layer, first the image with box and keypoints, then every head.
 
     Args:
-        image: (H, W, 3) uint8, RGB, the recorded batch's only image.
+        image: (H, W, 3) uint8, RGB, the only image of the recorded batch.
         layers: from :func:`record_attention`.
         query: index of the query.
         title: of the sheet.
@@ -187,7 +187,7 @@ def draw_attention(image: np.ndarray, layers: Sequence[RecordedLayer], query: in
 
 
 def draw_head(image: np.ndarray, layer: RecordedLayer, query: int, head: int) -> np.ndarray:
-    """One head of one layer alone; see :func:`draw_attention`."""
+    """Draw one head of one layer; see :func:`draw_attention`."""
     figure = Figure(figsize=(4, 4 * image.shape[0] / image.shape[1]), dpi=100, layout="constrained")
     view = QueryView(image, layer, query)
     view.draw_head(figure.subplots(), head, head_colors(layer.query.keypoints.shape[2])[head])

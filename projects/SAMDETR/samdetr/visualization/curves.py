@@ -1,4 +1,4 @@
-"""Training curves from detectron2's ``metrics.json``, and the authors' published ones."""
+"""Draw training curves from detectron2's ``metrics.json``, and the authors' published ones."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ _PANELS = (
     ("last layer: GIoU loss", "loss_giou", False),
     ("box AP", "bbox/AP", False),
     ("learning rate", "lr", True),
-    ("seconds a step", "time", False),
+    ("seconds per step", "time", False),
     ("GPU memory (MiB)", "max_mem", False),
 )
 
@@ -39,8 +39,8 @@ def read_metrics(run: str | Path) -> Metrics:
 
     Returns:
         For every metric, (iteration, epoch, value) in the order of the iterations; epoch is NaN where the run does not
-        tell it. Where a resumed run has written an iteration twice, the later one counts; a line that a killed run left
-        unfinished is left out, with a warning.
+        record it. If a resumed run has written an iteration twice, the later one counts. A line that a killed run left
+        unfinished is skipped, with a warning.
 
     Raises:
         UserError: there is no such file, or it holds no metrics.
@@ -59,7 +59,7 @@ def read_metrics(run: str | Path) -> Metrics:
             entry = json.loads(line)
             iteration, epoch = entry["iteration"], entry.get("epoch", float("nan"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s, line %d is not a line of metrics and is left out (%s).", path, number, error)
+            logger.warning("%s, line %d is not a line of metrics and is skipped (%s).", path, number, error)
             continue
         for name, value in entry.items():
             if isinstance(value, (int, float)):
@@ -75,19 +75,22 @@ def _published_rows() -> list[dict]:
 
 
 def published_names() -> list[str]:
-    """Names of the published models whose curves are known."""
+    """Return the names of the published models whose curves are known."""
     return list(dict.fromkeys(row["model"] for row in _published_rows()))
 
 
 def published_curves(name: str) -> Metrics:
-    """The authors' COCO curves of one model, in :func:`read_metrics`' form, by epoch; iteration is NaN.
+    """Return the authors' COCO curves of one model, in the form of :func:`read_metrics`, by epoch; iteration is NaN.
 
     Raises:
         UserError: the name is not known.
     """
     rows = [row for row in _published_rows() if row["model"] == name]
     if not rows:
-        raise UserError(f"--published {name}: there is no such model; choose from {', '.join(published_names())}.")
+        raise UserError(
+            f"{name}: there is no such published model; choose from {', '.join(published_names())}.",
+            argument="published",
+        )
     nan = float("nan")
     return {
         metric: [(nan, float(row["epoch"]), float(row[column])) for row in rows]
@@ -96,20 +99,22 @@ def published_curves(name: str) -> Metrics:
 
 
 def draw_curves(runs: dict[str, Metrics], published: Sequence[str] = ()) -> Figure:
-    """Draw the losses, AP, learning rate, time and memory of runs, each in a panel of its own.
+    """Draw losses, AP, learning rate, time and memory of runs, one panel per metric.
 
     Args:
-        runs: by the name that the legend gives them.
-        published: names of published models to lay under them; the axis then is the epoch.
+        runs: by their names in the legend.
+        published: names of published models to draw beside them; the axis then is the epoch.
 
     Raises:
-        UserError: an axis of epochs is needed, but a run does not tell its epochs.
+        UserError: an axis of epochs is needed, but a run does not record its epochs.
     """
     by_epoch = bool(published)
     for name, metrics in runs.items():
         if by_epoch and "epoch" not in metrics:
             raise UserError(
-                f"{name} does not tell its epochs, which --published needs: its metrics were not written by this project."
+                f"{name} does not record its epochs, which published curves need: its metrics were not written by this "
+                "project.",
+                argument="published",
             )
     theirs = {f"{name} (published, COCO)": published_curves(name) for name in published}
     panels = [panel for panel in _PANELS if any(panel[1] in metrics for metrics in (*runs.values(), *theirs.values()))]
@@ -143,7 +148,7 @@ def draw_curves(runs: dict[str, Metrics], published: Sequence[str] = ()) -> Figu
 
 
 def epochs_of(points: Sequence[tuple[float, float, float]], metrics: Metrics) -> list[float]:
-    """Epochs of points; those that do not tell theirs, an evaluation's, lie between the ones that do."""
+    """Return the epochs of points. Evaluations do not record theirs, which are interpolated."""
     known = metrics["epoch"]
     iterations = [iteration for iteration, *_ in known]
     return np.interp([p[0] for p in points], iterations, [value for *_, value in known]).tolist()

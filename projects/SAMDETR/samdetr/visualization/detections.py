@@ -1,4 +1,4 @@
-"""Detections and ground truth, drawn with detectron2's Visualizer."""
+"""Draw detections and ground truth with detectron2's Visualizer."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 
 __all__ = ["draw_annotations", "draw_beside_truth", "draw_detections", "draw_pairs"]
 
-# Small images are enlarged before drawing, so that boxes and labels can be read: until one side reaches its limit.
+# Small images are enlarged before drawing, so that labels can be read, until one side reaches its limit.
 _SHORTEST_SIDE, _LONGEST_SIDE = 256, 1024
 
 
@@ -49,7 +49,7 @@ def draw_annotations(image: np.ndarray, record: dict, class_names: Sequence[str]
 def draw_beside_truth(
     record: dict, instances: Instances, class_names: Sequence[str], score_threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """An image with its annotations, and with its detections, of equal size.
+    """Draw an image with its annotations, and with its detections; return both, of equal size.
 
     Args:
         record: in detectron2's standard format.
@@ -61,7 +61,7 @@ def draw_beside_truth(
 
 
 def draw_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray]], columns: int = 4) -> np.ndarray:
-    """Lay pairs of pictures of equal height, such as ground truth and detections, out on one white sheet.
+    """Arrange pairs of pictures of equal height, such as ground truth and detections, on one white sheet.
 
     Args:
         pairs: (H, W, 3) uint8 each.

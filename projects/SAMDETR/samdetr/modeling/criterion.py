@@ -1,6 +1,6 @@
 """The training loss: focal loss, L1 and generalised IoU, for every decoder layer (paper section 3.1, as published).
 
-Shapes: L decoder layers, B images, Q queries, K classes, T matched pairs a layer.
+Shapes: L decoder layers, B images, Q queries, K classes; ``pairs`` is the number of matched pairs per layer.
 """
 
 import torch
@@ -12,13 +12,25 @@ from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy, generalized_iou
 from .matcher import HungarianMatcher
-from .structures import DenoisingTargets, ImageTarget
+from .structures import DenoisingTargets, ImageTarget, Predictions
 
-__all__ = ["SetCriterion"]
+__all__ = ["NonFinitePredictionError", "SetCriterion"]
+
+
+class NonFinitePredictionError(FloatingPointError):
+    """A prediction or a target is not finite.
+
+    Attributes:
+        image_index: which image of the batch.
+    """
+
+    def __init__(self, image_index: int):
+        super().__init__(f"Predictions or targets of image {image_index} of the batch are not finite.")
+        self.image_index = image_index
 
 
 def average_over_processes(values: list[float], device: torch.device) -> Tensor:
-    """Mean of each value over all processes, as a float32 tensor on ``device``."""
+    """Return the mean of each value over all processes, as a float32 tensor on ``device``."""
     result = torch.tensor(values, dtype=torch.float32, device=device)
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(result)
@@ -39,12 +51,15 @@ class SetCriterion:
         giou_weight: float,
         focal_alpha: float,
         focal_gamma: float,
+        raise_on_non_finite: bool = True,
     ):
         """
         Args:
             matcher: assigns boxes to queries.
             class_weight, l1_weight, giou_weight: weights of the three losses.
             focal_alpha, focal_gamma: of the focal loss.
+            raise_on_non_finite: whether predictions that are NaN or infinite raise an error; otherwise the losses are not
+                finite either.
         """
         self.matcher = matcher
         self.class_weight = class_weight
@@ -52,6 +67,7 @@ class SetCriterion:
         self.giou_weight = giou_weight
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
+        self.raise_on_non_finite = raise_on_non_finite
 
     @classmethod
     def from_config(cls, cfg):
@@ -63,18 +79,18 @@ class SetCriterion:
             "giou_weight": node.LOSS.GIOU_WEIGHT,
             "focal_alpha": node.LOSS.FOCAL_ALPHA,
             "focal_gamma": node.LOSS.FOCAL_GAMMA,
+            "raise_on_non_finite": cfg.SOLVER.NON_FINITE == "stop",
         }
 
     @staticmethod
     def normalizers(num_boxes: int, num_denoising: int, device: torch.device) -> Tensor:
-        """What the losses are divided by: (2,) numbers of boxes and of denoising queries, averaged over processes, at
-        least 1."""
+        """Return what the losses are divided by: (2,), the numbers of boxes and of denoising queries, averaged over
+        processes, at least 1."""
         return average_over_processes([num_boxes, num_denoising], device).clamp(min=1)
 
     def __call__(
         self,
-        pred_logits: Tensor,
-        pred_boxes: Tensor,
+        predictions: Predictions,
         targets: list[ImageTarget],
         denoising: DenoisingTargets | None,
         normalizers: Tensor | None = None,
@@ -82,8 +98,7 @@ class SetCriterion:
         """Compute the losses.
 
         Args:
-            pred_logits: (L, B, Q, K), the denoising queries last.
-            pred_boxes: (L, B, Q, 4), normalised (cx, cy, w, h).
+            predictions: of all queries, the denoising queries last.
             targets: B targets.
             denoising: targets of the denoising queries, if there are any.
             normalizers: see :meth:`normalizers`; by default those of these targets.
@@ -95,60 +110,62 @@ class SetCriterion:
             least 1.
 
         Raises:
-            NonFinitePredictionError: a prediction is NaN or infinite, and the matcher stops at that.
+            NonFinitePredictionError: a prediction is NaN or infinite (with ``raise_on_non_finite``).
         """
         num_denoising = 0 if denoising is None else denoising.labels.shape[1]
-        num_matching = pred_logits.shape[2] - num_denoising
+        num_matching = predictions.logits.shape[2] - num_denoising
         if normalizers is None:
             num_boxes = sum(len(target) for target in targets)
             num_valid = 0 if denoising is None else denoising.num_valid
-            normalizers = self.normalizers(num_boxes, num_valid, pred_logits.device)
-        losses = self.matching_losses(
-            pred_logits[:, :, :num_matching], pred_boxes[:, :, :num_matching], targets, normalizers[0]
-        )
+            normalizers = self.normalizers(num_boxes, num_valid, predictions.logits.device)
+        matching = predictions.of_queries(slice(num_matching))
+        losses = self.matching_losses(matching, targets, normalizers[0])
         if denoising is not None:
-            losses |= self.denoising_losses(
-                pred_logits[:, :, num_matching:], pred_boxes[:, :, num_matching:], denoising, normalizers[1]
-            )
+            of_denoising = predictions.of_queries(slice(num_matching, None))
+            losses |= self.denoising_losses(of_denoising, denoising, normalizers[1])
         return losses
 
     def matching_losses(
-        self, pred_logits: Tensor, pred_boxes: Tensor, targets: list[ImageTarget], normalizer: Tensor
+        self, predictions: Predictions, targets: list[ImageTarget], normalizer: Tensor
     ) -> dict[str, Tensor]:
-        """Losses of the matching queries; arguments as in :meth:`__call__`, without denoising queries."""
-        matches = self.matcher(pred_logits, pred_boxes, targets)
-        labels = torch.cat([target.labels for target in targets])[matches.target]  # (L, T)
-        boxes = torch.cat([target.boxes for target in targets])[matches.target].float()  # (L, T, 4)
-        layer = torch.arange(len(pred_logits), device=pred_logits.device)[:, None]
-        matched_boxes = pred_boxes[layer, matches.image, matches.query]
-        class_targets = torch.zeros_like(pred_logits)
+        """Return the losses of the matching queries."""
+        matches = self.matcher(predictions, targets)
+        if self.raise_on_non_finite and not all(matches.finite):
+            raise NonFinitePredictionError(matches.finite.index(False))
+        logits = predictions.logits
+        labels = torch.cat([target.labels for target in targets])[matches.target]  # (L, pairs)
+        boxes = torch.cat([target.boxes for target in targets])[matches.target].float()  # (L, pairs, 4)
+        layer = torch.arange(len(logits), device=logits.device)[:, None]
+        matched_boxes = predictions.boxes[layer, matches.image, matches.query]
+        class_targets = torch.zeros_like(logits)
         class_targets[layer, matches.image, matches.query, labels] = 1
-        class_loss = self.focal_loss(pred_logits, class_targets).sum((1, 2, 3))
+        class_loss = self.focal_loss(logits, class_targets).sum((1, 2, 3))
         l1, giou = self.box_losses(matched_boxes, boxes)
         if has_event_storage() and giou.shape[1]:
             get_event_storage().put_scalar("samdetr/matched_giou", 1 - giou[-1].detach().mean())
         return self.weighted("loss", class_loss / normalizer, l1.sum(1) / normalizer, giou.sum(1) / normalizer)
 
     def denoising_losses(
-        self, pred_logits: Tensor, pred_boxes: Tensor, denoising: DenoisingTargets, normalizer: Tensor
+        self, predictions: Predictions, denoising: DenoisingTargets, normalizer: Tensor
     ) -> dict[str, Tensor]:
-        """Losses of D denoising queries: (L, B, D, K) and (L, B, D, 4) against their own boxes, without matching."""
-        valid = denoising.valid.to(pred_logits.dtype)  # (B, D)
-        class_targets = torch.nn.functional.one_hot(denoising.labels, pred_logits.shape[-1])
-        class_targets = class_targets.to(pred_logits.dtype).expand_as(pred_logits)
-        class_loss = (self.focal_loss(pred_logits, class_targets).sum(-1) * valid).sum((1, 2))
-        l1, giou = (loss * valid for loss in self.box_losses(pred_boxes, denoising.boxes.float()))
+        """Return the losses of the denoising queries, each against its own box, without matching."""
+        logits = predictions.logits
+        valid = denoising.valid.to(logits.dtype)  # (B, Q_dn)
+        class_targets = torch.nn.functional.one_hot(denoising.labels, logits.shape[-1])
+        class_targets = class_targets.to(logits.dtype).expand_as(logits)
+        class_loss = (self.focal_loss(logits, class_targets).sum(-1) * valid).sum((1, 2))
+        l1, giou = (loss * valid for loss in self.box_losses(predictions.boxes, denoising.boxes.float()))
         return self.weighted(
             "loss_dn", class_loss / normalizer, l1.sum((1, 2)) / normalizer, giou.sum((1, 2)) / normalizer
         )
 
     def focal_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Sigmoid focal loss, elementwise, float32."""
+        """Return the sigmoid focal loss, elementwise, float32."""
         return sigmoid_focal_loss(logits, targets, alpha=self.focal_alpha, gamma=self.focal_gamma)
 
     @staticmethod
     def box_losses(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., 4) normalised (cx, cy, w, h) to the L1 distance, summed over coordinates, and 1 - GIoU: both (...)."""
+        """Return the L1 distance, summed over coordinates, and 1 - GIoU, (...) each, of normalised boxes (..., 4)."""
         pred = pred.float()
         l1 = (pred - target).abs().sum(-1)
         return l1, 1 - generalized_iou(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(target))

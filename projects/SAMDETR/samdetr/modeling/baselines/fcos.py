@@ -1,6 +1,6 @@
-"""detectron2's FCOS, which it offers to Python configs only, for YAML files, as a baseline.
+"""Build detectron2's FCOS from a YAML config; detectron2 itself offers it to Python configs only.
 
-It shares RetinaNet's keys: ``MODEL.RETINANET.NUM_CLASSES``, ``IN_FEATURES``, ``NUM_CONVS``, ``PRIOR_PROB``,
+It reads RetinaNet's keys: ``MODEL.RETINANET.NUM_CLASSES``, ``IN_FEATURES``, ``NUM_CONVS``, ``PRIOR_PROB``,
 ``FOCAL_LOSS_ALPHA``, ``FOCAL_LOSS_GAMMA``, ``TOPK_CANDIDATES_TEST``, ``SCORE_THRESH_TEST`` and ``NMS_THRESH_TEST``.
 """
 
@@ -15,7 +15,7 @@ __all__ = ["build_fcos", "build_fcos_resnet_fpn_backbone"]
 
 @BACKBONE_REGISTRY.register()
 def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """A ResNet with an FPN whose two further levels come from p5 and not, as RetinaNet's, from res5."""
+    """Build a ResNet with an FPN whose two further levels come from p5, not from res5 as RetinaNet's do."""
     width = cfg.MODEL.FPN.OUT_CHANNELS
     return FPN(
         bottom_up=build_resnet_backbone(cfg, input_shape),

@@ -1,6 +1,6 @@
 """Where the decoder's queries come from.
 
-Shapes: B images, Q queries, C model width; G groups of n slots make D = G * n denoising queries.
+Shapes: B images, Q matching queries, C model width, K classes; G groups of n slots make Q_dn = G * n denoising queries.
 """
 
 import torch
@@ -22,21 +22,21 @@ QUERY_GENERATOR_REGISTRY = Registry("QUERY_GENERATOR")
 QUERY_GENERATOR_REGISTRY.__doc__ = """
 Registry of query generators, chosen by ``cfg.MODEL.SAMDETR.QUERY_GENERATOR.NAME``.
 
-A registered class is called as ``Generator(cfg)``. The module it makes is called with the batch size B and, in training,
+A registered class is called as ``Generator(cfg)``. The resulting module is called with the batch size B and, in training,
 a list of B :class:`ImageTarget` (else None), and returns a :class:`QueryBatch`. In evaluation it must return the same
-queries for every image. Its method ``num_denoising(targets)`` tells how many denoising queries, without padding, it makes
+queries for every image. Its method ``num_denoising(targets)`` returns how many denoising queries, without padding, it makes
 for such a list (0 if it makes none).
 """
 
 
 def build_query_generator(cfg) -> nn.Module:
-    """Build the query generator by ``cfg.MODEL.SAMDETR.QUERY_GENERATOR.NAME``."""
+    """Build the query generator that ``cfg.MODEL.SAMDETR.QUERY_GENERATOR.NAME`` names."""
     return QUERY_GENERATOR_REGISTRY.get(cfg.MODEL.SAMDETR.QUERY_GENERATOR.NAME)(cfg)
 
 
 @QUERY_GENERATOR_REGISTRY.register()
 class LearnedQueryGenerator(nn.Module):
-    """A fixed number of queries: learned reference boxes, contents that start at zero."""
+    """A fixed number of queries with learned reference boxes and contents that start at zero."""
 
     @configurable
     def __init__(self, *, num_queries: int, dim: int):
@@ -54,44 +54,44 @@ class LearnedQueryGenerator(nn.Module):
         return {"num_queries": cfg.MODEL.SAMDETR.NUM_QUERIES, "dim": cfg.MODEL.SAMDETR.HIDDEN_DIM}
 
     def num_denoising(self, targets: list[ImageTarget]) -> int:
-        """See :data:`QUERY_GENERATOR_REGISTRY`."""
+        """Return 0: there are no denoising queries."""
         return 0
 
     def forward(self, batch_size: int, targets: list[ImageTarget] | None = None) -> QueryBatch:
-        """See :data:`QUERY_GENERATOR_REGISTRY`."""
+        """Make the queries; see :data:`QUERY_GENERATOR_REGISTRY`."""
         content: Tensor = self.reference_logits.new_zeros(batch_size, len(self.reference_logits), self.dim)
         return QueryBatch(content, self.reference_logits.expand(batch_size, -1, -1))
 
 
 def denoising_attention_mask(num_matching: int, num_groups: int, valid: Tensor) -> Tensor:
-    """Who sees whom in self-attention, when denoising queries follow the matching queries.
+    """Return the self-attention mask for matching queries followed by denoising queries.
 
-    Matching queries see each other only; a denoising query sees the matching queries and its own group; slots that only
-    pad are seen by none.
+    Matching queries attend to each other only. A denoising query attends to the matching queries and to its own group.
+    No query attends to slots that only pad.
 
     Args:
-        num_matching: number of matching queries.
+        num_matching: number of matching queries Q.
         num_groups: number of groups G.
-        valid: (B, D) bool, False at padding slots; the D slots are ordered by group.
+        valid: (B, Q_dn) bool, False at padding slots; the slots are ordered by group.
 
     Returns:
-        (B, 1, Q, Q) bool, True where query i (third dimension) sees query j (fourth), Q = num_matching + D.
+        (B, 1, Q + Q_dn, Q + Q_dn) bool, True where query i (third dimension) may attend to query j (fourth dimension).
     """
     batch, num_denoising = valid.shape
     group = torch.full((num_matching + num_denoising,), -1, device=valid.device)  # -1: the matching queries
     if num_denoising:
         group[num_matching:] = torch.arange(num_denoising, device=valid.device) // (num_denoising // num_groups)
-    sees = (group[None, :] == -1) | (group[:, None] == group[None, :])
+    allowed = (group[None, :] == -1) | (group[:, None] == group[None, :])
     visible = torch.cat([valid.new_ones(batch, num_matching), valid], dim=1)
-    return (sees[None] & visible[:, None])[:, None]
+    return (allowed[None] & visible[:, None])[:, None]
 
 
 @QUERY_GENERATOR_REGISTRY.register()
 class DenoisingQueryGenerator(LearnedQueryGenerator):
-    """Learned queries and, in training, queries made of noisy ground truth (DN-DETR, https://arxiv.org/abs/2203.01305).
+    """Learned queries and, in training, queries made from noisy ground truth (DN-DETR, https://arxiv.org/abs/2203.01305).
 
-    Contents are label embeddings with an indicator as last channel: 1 for denoising queries, 0 for matching queries,
-    which carry the embedding of an unknown label, in evaluation too.
+    Contents are label embeddings with an indicator in the last channel: 1 for denoising queries, and 0 for matching queries,
+    which carry the embedding of an unknown label, in evaluation as well.
     """
 
     @configurable
@@ -110,10 +110,10 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
         Args:
             num_queries, dim: see :class:`LearnedQueryGenerator`.
             num_classes: number of classes K.
-            num_groups: most groups; fewer if an image has many boxes.
-            max_denoising_queries: most denoising queries of an image.
-            box_noise: centres move by up to this share of half the size, sizes change by up to this share.
-            label_noise: probability that a label is drawn anew, uniformly.
+            num_groups: maximum number of groups; there are fewer if an image has many boxes.
+            max_denoising_queries: maximum number of denoising queries per image.
+            box_noise: centres move by up to this share of half the size, and sizes change by up to this share.
+            label_noise: probability that a label is replaced by one drawn uniformly.
         """
         super().__init__(num_queries=num_queries, dim=dim)
         self.num_classes = num_classes
@@ -136,7 +136,7 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
         }
 
     def forward(self, batch_size: int, targets: list[ImageTarget] | None = None) -> QueryBatch:
-        """See :data:`QUERY_GENERATOR_REGISTRY`."""
+        """Make the queries; see :data:`QUERY_GENERATOR_REGISTRY`."""
         num_matching = len(self.reference_logits)
         unknown = self.label_embedding.weight[-1:].expand(num_matching, -1)
         content = nn.functional.pad(unknown, (0, 1)).expand(batch_size, -1, -1)
@@ -154,21 +154,21 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
         )
 
     def layout(self, targets: list[ImageTarget]) -> tuple[int, int]:
-        """Slots for the boxes of an image, and groups of so many slots."""
+        """Return the number of slots per group n, and the number of groups G."""
         slots = min(max(len(target) for target in targets), self.max_denoising_queries)
         return slots, min(self.num_groups, max(1, self.max_denoising_queries // max(slots, 1)))
 
     def num_denoising(self, targets: list[ImageTarget]) -> int:
-        """See :data:`QUERY_GENERATOR_REGISTRY`."""
+        """Return how many denoising queries, without padding, these targets give."""
         slots, num_groups = self.layout(targets)
         return num_groups * sum(min(len(target), slots) for target in targets)
 
     @torch.no_grad()
     def repeat_targets(self, targets: list[ImageTarget]) -> tuple[DenoisingTargets, int]:
-        """Lay the boxes of all images out in slots, once for each group.
+        """Lay out the boxes of all images in slots, and repeat them for each group.
 
         Returns:
-            The targets (D = groups * slots, ordered by group), and the number of groups.
+            The targets (Q_dn = groups * slots, ordered by group), and the number of groups.
         """
         slots, num_groups = self.layout(targets)
         device = targets[0].boxes.device
@@ -191,7 +191,7 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
 
     @torch.no_grad()
     def add_noise(self, targets: DenoisingTargets) -> tuple[Tensor, Tensor]:
-        """Noisy labels (B, D) and boxes (B, D, 4), (cx, cy, w, h) in [0, 1]; ``targets`` are left as they are."""
+        """Return noisy labels (B, Q_dn) and boxes (B, Q_dn, 4), (cx, cy, w, h) in [0, 1]; ``targets`` stay unchanged."""
         size = targets.boxes[..., 2:]
         noise = self.box_noise * (2 * torch.rand_like(targets.boxes) - 1)
         boxes = targets.boxes + noise * torch.cat([size / 2, size], dim=-1)

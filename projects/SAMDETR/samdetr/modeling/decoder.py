@@ -13,17 +13,18 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.runtime import run_layer
 from .cross_attention import build_cross_attention
-from .layers import MLP, FeedForward, run_layer, xavier_uniform_matrices_
+from .layers import MLP, FeedForward, xavier_uniform_matrices_
 from .position_encoding import sine_embedding
 from .semantics_aligner import build_semantics_aligner
-from .structures import FeatureLevel, QueryBatch
+from .structures import FeatureLevel, Predictions, QueryBatch
 
 __all__ = ["Decoder", "DecoderLayer", "level_of_layer"]
 
 
 def level_of_layer(num_layers: int, num_levels: int) -> list[int]:
-    """The level that each decoder layer attends to: spread evenly, the coarsest (last) level first.
+    """Return the level that each decoder layer attends to: spread evenly, the coarsest (last) level first.
 
     >>> level_of_layer(6, 3)
     [2, 2, 1, 1, 0, 0]
@@ -68,6 +69,15 @@ class DecoderLayer(nn.Module):
         aligner: nn.Module,
         cross_attention: nn.Module,
     ):
+        """
+        Args:
+            dim: model width C.
+            num_heads: attention heads M, dividing C.
+            feedforward_dim: hidden width of the feed-forward network.
+            temperature: of the sine embedding of the reference boxes' centres.
+            aligner: see :data:`samdetr.modeling.semantics_aligner.SEMANTICS_ALIGNER_REGISTRY`.
+            cross_attention: see :data:`samdetr.modeling.cross_attention.CROSS_ATTENTION_REGISTRY`.
+        """
         super().__init__()
         self.dim = dim
         self.temperature = temperature
@@ -86,17 +96,27 @@ class DecoderLayer(nn.Module):
         index: int,
         attention_mask: Tensor | None,
     ) -> Tensor:
-        """Map query contents (B, Q, C) to (B, Q, C), given reference boxes (B, Q, 4) and the level to look at."""
+        """Update the query contents.
+
+        Args:
+            content: (B, Q, C).
+            reference_boxes: (B, Q, 4), normalised (cx, cy, w, h).
+            levels: the encoded image, from the finest to the coarsest level.
+            index: which of the levels this layer looks at.
+            attention_mask: see :class:`QueryBatch`.
+
+        Returns:
+            (B, Q, C).
+        """
         position = sine_embedding(reference_boxes[..., :2].detach(), self.dim, self.temperature).to(content.dtype)
         content = self.self_attention_norm(content + self.self_attention(content, position, attention_mask))
         aligned = self.aligner(content, reference_boxes, levels[index])
-        seen = levels if getattr(self.cross_attention, "needs_all_levels", False) else levels[index]
-        content = self.cross_attention_norm(content + self.cross_attention(aligned, seen))
+        content = self.cross_attention_norm(content + self.cross_attention(aligned, levels, index))
         return self.feedforward(content)
 
 
 class Decoder(nn.Module):
-    """The coarse-to-fine, box-refining loop and the prediction heads of every layer."""
+    """The layers, from coarse to fine and each refining the boxes, and the prediction heads of every layer."""
 
     @configurable
     def __init__(
@@ -115,8 +135,9 @@ class Decoder(nn.Module):
             dim: model width C.
             num_classes: number of classes K.
             prior_prob: the score that every class starts with.
-            refine_boxes: whether each layer's box is the next one's reference box; else all start from the queries' own.
-            recompute: whether each layer's activations are computed again in the backward pass instead of kept.
+            refine_boxes: whether each layer's box is the next one's reference box; otherwise all layers start from the
+                queries' own reference boxes.
+            recompute: whether to recompute each layer's activations in the backward pass instead of keeping them.
         """
         super().__init__()
         self.refine_boxes = refine_boxes
@@ -136,15 +157,14 @@ class Decoder(nn.Module):
         layers = []
         for _ in range(node.DECODER.NUM_LAYERS):
             cross_attention = build_cross_attention(cfg)
+            predict_scales = getattr(cross_attention, "needs_scales", False)
             layers.append(
                 DecoderLayer(
                     dim=node.HIDDEN_DIM,
                     num_heads=node.NUM_HEADS,
                     feedforward_dim=node.DECODER.FEEDFORWARD_DIM,
                     temperature=node.POSITION_TEMPERATURE,
-                    aligner=build_semantics_aligner(
-                        cfg, predict_scales=getattr(cross_attention, "needs_scales", False)
-                    ),
+                    aligner=build_semantics_aligner(cfg, predict_scales=predict_scales),
                     cross_attention=cross_attention,
                 )
             )
@@ -157,7 +177,7 @@ class Decoder(nn.Module):
             "recompute": node.ACTIVATION_CHECKPOINTING,
         }
 
-    def forward(self, queries: QueryBatch, levels: list[FeatureLevel]) -> dict[str, Tensor]:
+    def forward(self, queries: QueryBatch, levels: list[FeatureLevel]) -> Predictions:
         """Decode.
 
         Args:
@@ -165,7 +185,7 @@ class Decoder(nn.Module):
             levels: the encoded image, from the finest to the coarsest level.
 
         Returns:
-            ``pred_logits`` (L, B, Q, K) and ``pred_boxes`` (L, B, Q, 4), normalised (cx, cy, w, h), both float32.
+            The predictions of all layers.
         """
         content, reference_logits = queries.content, queries.reference_logits.float()
         all_logits, all_boxes = [], []
@@ -179,4 +199,4 @@ class Decoder(nn.Module):
             all_boxes.append(box_logits.sigmoid())
             if self.refine_boxes:
                 reference_logits = box_logits.detach()  # each layer learns from its own loss only
-        return {"pred_logits": torch.stack(all_logits), "pred_boxes": torch.stack(all_boxes)}
+        return Predictions(torch.stack(all_logits), torch.stack(all_boxes))

@@ -1,7 +1,7 @@
 """Backbones that detectron2 does not have: DC5 by torchvision's rule, and a small ResNet for small data.
 
-The other COCO models use detectron2's own ``build_resnet_backbone``. All of them run faster with their frozen norms folded
-into the convolutions and their features in channels-last order.
+The other COCO models use detectron2's own ``build_resnet_backbone``. Every backbone is optimised: frozen norms are folded
+into the convolutions, and weights are laid out channels-last.
 """
 
 import torch
@@ -10,11 +10,9 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet, build_resnet_backbone
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from .errors import UserError
-from .layers import is_tracing, to_autocast_dtype
+from ..errors import UserError
+from ..ops.folded_conv import folded_conv2d
 
 __all__ = [
     "FoldedConv2d",
@@ -28,61 +26,28 @@ __all__ = [
 
 
 class FoldedConv2d(Conv2d):
-    """detectron2's convolution with a frozen BatchNorm, which scales the weights here and not each pixel.
+    """detectron2's convolution with a frozen BatchNorm that scales the weights instead of every pixel.
 
-    The same function of the same parameters and buffers, under the same names, up to rounding.
+    It is the same function of the same parameters and buffers, under the same names, up to rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, H', W'): convolution, norm, activation."""
         norm = self.norm
-        if not isinstance(norm, FrozenBatchNorm2d):  # it has been replaced
+        if not isinstance(norm, FrozenBatchNorm2d):  # somebody has replaced it
             return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
         if self.bias is not None:
             shift = shift + self.bias * scale
-        arguments = (self.stride, self.padding, self.dilation, self.groups)
-        if is_tracing():
-            x = F.conv2d(x, self.weight * scale.view(-1, 1, 1, 1), shift, *arguments)
-        else:
-            x = _ScaledConv2d.apply(to_autocast_dtype(x), self.weight, scale, shift, *arguments)
+        x = folded_conv2d(x, self.weight, scale, shift, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
 
-class _ScaledConv2d(torch.autograd.Function):
-    """Convolution with scaled weights, which the backward pass scales again: no second copy of them in between."""
-
-    @staticmethod
-    def forward(ctx, x, weight, scale, shift, stride, padding, dilation, groups):
-        ctx.save_for_backward(x, weight, scale)
-        ctx.arguments = stride, padding, dilation, groups
-        weight = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
-        return F.conv2d(x, weight, shift.to(x.dtype), *ctx.arguments)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, weight, scale = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.arguments
-        scale = scale.view(-1, 1, 1, 1)
-        needs_x, needs_weight, _, needs_shift, *_ = ctx.needs_input_grad
-        scaled = (weight * scale).to(x.dtype)
-        grad_x, grad_weight, grad_shift = torch.ops.aten.convolution_backward(
-            *(gradient, x, scaled, [len(weight)], stride, padding, dilation, False, [0, 0], groups),
-            [needs_x, needs_weight, needs_shift],
-        )
-        if needs_weight:
-            grad_weight = grad_weight.to(weight.dtype) * scale
-        if needs_shift:
-            grad_shift = grad_shift.to(weight.dtype)
-        return grad_x, grad_weight, None, grad_shift, None, None, None, None
-
-
 def optimize_backbone(backbone: nn.Module) -> nn.Module:
-    """Fold every frozen norm behind one of detectron2's convolutions, and lay weights out channels-last; in place."""
+    """Fold every frozen norm that follows a convolution of detectron2's, and lay weights out channels-last; in place."""
     for module in backbone.modules():
-        # Not a new module: a ResNet refers to its modules from several places, and this one changes its forward pass only.
+        # Changing the class keeps the module: a ResNet refers to it from several places, and only its forward pass differs.
         if type(module) is Conv2d and isinstance(module.norm, FrozenBatchNorm2d):
             module.__class__ = FoldedConv2d
     with torch.no_grad():
@@ -91,12 +56,12 @@ def optimize_backbone(backbone: nn.Module) -> nn.Module:
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_dc5_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
-    """detectron2's ResNet with res5 at stride 16: its first block has dilation 1, the others 2 (torchvision's rule).
+    """Build detectron2's ResNet with res5 at stride 16: its first block has dilation 1, the others 2 (torchvision's rule).
 
-    detectron2's own ``RES5_DILATION`` of 2 dilates the first block, too, and so fits other weights.
+    detectron2's own ``RES5_DILATION`` of 2 dilates the first block as well, and so fits other weights.
 
     Raises:
-        ValueError: ``MODEL.RESNETS.RES5_DILATION`` is not 2.
+        UserError: ``MODEL.RESNETS.RES5_DILATION`` is not 2.
     """
     if cfg.MODEL.RESNETS.RES5_DILATION != 2:
         raise UserError(
@@ -110,7 +75,7 @@ def build_resnet_dc5_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
 
 
 def make_dc5_stages(*, depth: int, **options) -> list[list[nn.Module]]:
-    """The stages of :func:`build_resnet_dc5_backbone`, for Python configs.
+    """Make the stages of :func:`build_resnet_dc5_backbone`, for Python configs.
 
     Args:
         depth: 50, 101 or 152.
@@ -125,7 +90,7 @@ def make_dc5_stages(*, depth: int, **options) -> list[list[nn.Module]]:
 
 
 def make_mini_stages(*, in_channels: int, out_channels: int, norm: str) -> list[list[nn.Module]]:
-    """res2 to res5 of one basic block each; ``out_channels`` are res2's, doubled by each further stage."""
+    """Make res2 to res5 of one basic block each; ``out_channels`` are those of res2, doubled by each further stage."""
     stages = []
     for stride in (1, 2, 2, 2):
         channels = {"in_channels": in_channels, "out_channels": out_channels}
@@ -136,7 +101,7 @@ def make_mini_stages(*, in_channels: int, out_channels: int, norm: str) -> list[
 
 @BACKBONE_REGISTRY.register()
 def build_mini_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
-    """A ResNet with one basic block a stage, small enough to train from scratch on a CPU.
+    """Build a ResNet with one basic block per stage, small enough to train from scratch on a CPU.
 
     It reads ``MODEL.RESNETS.STEM_OUT_CHANNELS``, ``RES2_OUT_CHANNELS`` (doubled by each further stage), ``NORM`` and
     ``OUT_FEATURES``, and ``MODEL.BACKBONE.FREEZE_AT``.
@@ -149,7 +114,7 @@ def build_mini_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
 
 @BACKBONE_REGISTRY.register()
 def build_mini_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """:func:`build_mini_resnet_backbone` with an FPN over it and no further level, for detectron2's detectors."""
+    """Build :func:`build_mini_resnet_backbone` with an FPN and no further level, for detectron2's detectors."""
     return FPN(
         bottom_up=build_mini_resnet_backbone(cfg, input_shape),
         in_features=cfg.MODEL.FPN.IN_FEATURES,

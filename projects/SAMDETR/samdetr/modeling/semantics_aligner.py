@@ -1,10 +1,10 @@
-"""The Semantics Aligner: queries resampled from the encoded image (paper section 3.2 and 3.3).
+"""The Semantics Aligner: queries resampled from the encoded image (paper sections 3.2 and 3.3).
 
-For each query, the features inside its reference box are pooled by RoIAlign; from them a small network finds one
-representative keypoint for each attention head; the features at the keypoint become that head's content query, and the
-keypoint's place becomes its position query. Queries and keys then live in the same space.
+For each query, RoIAlign pools the features inside its reference box. From these, a small network finds one representative
+keypoint per attention head. The features at the keypoint become that head's content query, and the keypoint's place becomes
+its position query. Queries and keys then live in the same space.
 
-Shapes: B images, Q queries, C model width, M heads, P pooled size, H x W the feature map.
+Shapes: B images, Q queries, C model width, M heads, S bins along each side of a pooled box, H x W the feature map.
 """
 
 import torch
@@ -13,10 +13,10 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import UserError
-from .layers import MLP, run_layer, to_autocast_dtype, xavier_uniform_matrices_
+from ..ops.roi_align import linear_interpolation_weights, roi_align, roi_align_weights, sample_separably
+from ..ops.runtime import run_layer, to_autocast_dtype
+from .layers import MLP, xavier_uniform_matrices_
 from .position_encoding import sine_embedding
-from .roi_align import linear_interpolation_weights, roi_align, roi_align_weights, sample_separably
 from .structures import AlignedQuery, FeatureLevel
 
 __all__ = ["SEMANTICS_ALIGNER_REGISTRY", "IdentityAligner", "SemanticsAligner", "build_semantics_aligner"]
@@ -27,7 +27,7 @@ Registry of the parts that prepare a decoder layer's queries for its cross-atten
 ``cfg.MODEL.SAMDETR.ALIGNER.NAME``.
 
 A registered class is called as ``Aligner(cfg, predict_scales=bool)``, once for each decoder layer, where
-``predict_scales`` tells whether the cross-attention needs Gaussian scales. The module it makes is called with
+``predict_scales`` tells whether the cross-attention needs Gaussian scales. The resulting module is called with
 
 * ``content`` (B, Q, C), the query contents after self-attention,
 * ``reference_boxes`` (B, Q, 4), normalised (cx, cy, w, h), which carry a gradient where they are learned,
@@ -39,12 +39,12 @@ and returns an :class:`AlignedQuery`: ``content`` and ``position`` (B, Q, M, C),
 
 
 def build_semantics_aligner(cfg, *, predict_scales: bool) -> nn.Module:
-    """Build the aligner of one decoder layer by ``cfg.MODEL.SAMDETR.ALIGNER.NAME``."""
+    """Build the aligner of one decoder layer that ``cfg.MODEL.SAMDETR.ALIGNER.NAME`` names."""
     return SEMANTICS_ALIGNER_REGISTRY.get(cfg.MODEL.SAMDETR.ALIGNER.NAME)(cfg, predict_scales=predict_scales)
 
 
-def common_arguments(cfg, predict_scales: bool) -> dict:
-    """What every aligner here takes from the config."""
+def _common_arguments(cfg, predict_scales: bool) -> dict:
+    """Return what every aligner here takes from the config."""
     node = cfg.MODEL.SAMDETR
     return {
         "dim": node.HIDDEN_DIM,
@@ -75,22 +75,18 @@ class SemanticsAligner(nn.Module):
         Args:
             dim: model width C.
             num_heads: attention heads M.
-            pooled_size: RoIAlign's bins P along each side.
-            reduction: the pooled features are reduced to C / reduction channels before the keypoint search.
+            pooled_size: RoIAlign's bins S along each side of a box.
+            reduction: the pooled features are reduced to C / reduction channels before the keypoint search; divides C.
             hidden_dims: widths of the hidden layers of the keypoint search.
             temperature: of the keypoints' sine embedding.
-            num_keypoints: representative keypoints of a query, dividing M, each shared by as many heads; 0: one a head.
-            predict_scales: whether to predict (sx, sy) of a Gaussian at each keypoint, too.
+            num_keypoints: keypoints per query; must divide ``num_heads``. 0 means one per head.
+            predict_scales: whether to predict the scales (sx, sy) of a Gaussian at each keypoint as well.
         """
         super().__init__()
         if dim % reduction:
-            raise UserError(
-                f"MODEL.SAMDETR.ALIGNER.REDUCTION ({reduction}) does not divide MODEL.SAMDETR.HIDDEN_DIM ({dim})."
-            )
+            raise ValueError(f"reduction ({reduction}) does not divide dim ({dim}).")
         if num_keypoints and num_heads % num_keypoints:
-            raise UserError(
-                f"MODEL.SAMDETR.ALIGNER.NUM_KEYPOINTS ({num_keypoints}) does not divide MODEL.SAMDETR.NUM_HEADS ({num_heads})."
-            )
+            raise ValueError(f"num_keypoints ({num_keypoints}) does not divide num_heads ({num_heads}).")
         self.dim = dim
         self.num_heads = num_heads
         self.num_keypoints = num_keypoints or num_heads
@@ -98,8 +94,8 @@ class SemanticsAligner(nn.Module):
         self.temperature = temperature
         self.predict_scales = predict_scales
         self.reduction = nn.Linear(dim, dim // reduction)
-        values = (4 if predict_scales else 2) * self.num_keypoints
-        self.keypoint_head = MLP([dim // reduction * pooled_size**2, *hidden_dims, values])
+        num_values = (4 if predict_scales else 2) * self.num_keypoints
+        self.keypoint_head = MLP([dim // reduction * pooled_size**2, *hidden_dims, num_values])
         self.content_gate = nn.Linear(dim, num_heads * dim)
         self.position_gate = nn.Linear(dim, num_heads * dim)
         xavier_uniform_matrices_(self)
@@ -109,7 +105,7 @@ class SemanticsAligner(nn.Module):
     def from_config(cls, cfg, *, predict_scales):
         node = cfg.MODEL.SAMDETR
         return {
-            **common_arguments(cfg, predict_scales),
+            **_common_arguments(cfg, predict_scales),
             "pooled_size": node.ALIGNER.POOLED_SIZE,
             "reduction": node.ALIGNER.REDUCTION,
             "hidden_dims": list(node.ALIGNER.KEYPOINT_HIDDEN_DIMS),
@@ -117,7 +113,7 @@ class SemanticsAligner(nn.Module):
         }
 
     def forward(self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel) -> AlignedQuery:
-        """See :data:`SEMANTICS_ALIGNER_REGISTRY`."""
+        """Align the queries; see :data:`SEMANTICS_ALIGNER_REGISTRY`."""
         features = to_autocast_dtype(level.features)
         rows, columns = roi_align_weights(reference_boxes, level.valid_size, level.size, self.pooled_size)
         local_keypoints, gaussian_scales = self.search_keypoints(features, rows, columns)
@@ -127,14 +123,14 @@ class SemanticsAligner(nn.Module):
         position_gate = self.position_gate(content).unflatten(-1, heads)
         return AlignedQuery(
             content=self.resample(features, rows, columns, local_keypoints) * content_gate.sigmoid(),
-            # The embedding is cheap to compute again, and large to keep.
+            # The sine embedding is cheap to recompute and large to keep.
             position=run_layer(self.gated_position, keypoints.detach(), position_gate, recompute=True),
             keypoints=keypoints,
             gaussian_scales=gaussian_scales,
         )
 
     def gated_position(self, keypoints: Tensor, gate: Tensor) -> Tensor:
-        """The sine embedding of (B, Q, M, 2) keypoints times the sigmoid of a (B, Q, M, C) gate."""
+        """Multiply the sine embedding of (B, Q, M, 2) keypoints by the sigmoid of a (B, Q, M, C) gate."""
         return sine_embedding(keypoints, self.dim, self.temperature).to(gate.dtype) * gate.sigmoid()
 
     def search_keypoints(self, features: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -142,16 +138,16 @@ class SemanticsAligner(nn.Module):
 
         Args:
             features: (B, H, W, C).
-            rows, columns: of :func:`roi_align_weights`.
+            rows, columns: from :func:`roi_align_weights`.
 
         Returns:
-            keypoints (B, Q, M, 2) relative to the box, (x, y) in (-1, 1); and raw Gaussian scales (B, Q, M, 2) or None.
+            Keypoints (B, Q, M, 2) relative to the box, (x, y) in (-1, 1), and raw Gaussian scales (B, Q, M, 2) or None.
         """
-        # Reducing the channels and pooling are both linear: reduced first, a quarter of the channels is pooled.
+        # Reducing the channels and pooling are both linear. Reducing first leaves fewer channels to pool.
         reduced = roi_align(F.linear(features, self.reduction.weight), rows, columns)
         reduced = reduced + self.reduction.bias.to(reduced.dtype)
         values = self.keypoint_head(reduced.relu_().flatten(2)).float()
-        values = values.unflatten(-1, (-1, self.num_keypoints, 2))  # all keypoints, then their scales
+        values = values.unflatten(-1, (-1, self.num_keypoints, 2))  # all keypoints, then all their scales
         if self.num_keypoints < self.num_heads:
             values = values.repeat_interleave(self.num_heads // self.num_keypoints, dim=-2)
         return values[..., 0, :, :].tanh(), values[..., 1, :, :] if self.predict_scales else None
@@ -161,15 +157,15 @@ class SemanticsAligner(nn.Module):
 
         Args:
             features: (B, H, W, C).
-            rows, columns: of :func:`roi_align_weights`.
+            rows, columns: from :func:`roi_align_weights`.
             keypoints: (B, Q, M, 2), see :meth:`search_keypoints`.
 
         Returns:
             (B, Q, M, C).
         """
         bins = ((keypoints + 1) * self.pooled_size - 1) / 2
-        in_columns, in_rows = linear_interpolation_weights(bins, self.pooled_size).unbind(-2)  # (B, Q, M, P) each
-        # Sampling and pooling are both separable and linear: the pooled features of full width need not exist.
+        in_columns, in_rows = linear_interpolation_weights(bins, self.pooled_size).unbind(-2)  # (B, Q, M, S) each
+        # Pooling and sampling are both separable and linear, so the pooled features of full width need not exist.
         with torch.autocast(features.device.type, enabled=False):
             rows, columns = in_rows @ rows, in_columns @ columns  # (B, Q, M, H or W)
         sampled = sample_separably(features, rows.flatten(1, 2), columns.flatten(1, 2))
@@ -180,7 +176,7 @@ class SemanticsAligner(nn.Module):
 class IdentityAligner(nn.Module):
     """No alignment: every head gets the query as it is, at the centre of its box. A baseline.
 
-    With Gaussian scales, these come from a linear map of the content.
+    Gaussian scales, if they are needed, come from a linear map of the content.
     """
 
     @configurable
@@ -195,10 +191,10 @@ class IdentityAligner(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, *, predict_scales):
-        return common_arguments(cfg, predict_scales)
+        return _common_arguments(cfg, predict_scales)
 
     def forward(self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel) -> AlignedQuery:
-        """See :data:`SEMANTICS_ALIGNER_REGISTRY`."""
+        """Hand the queries on; see :data:`SEMANTICS_ALIGNER_REGISTRY`."""
         centres = reference_boxes[..., :2]
         position = sine_embedding(centres.detach(), self.dim, self.temperature).to(content.dtype)
         scales = None

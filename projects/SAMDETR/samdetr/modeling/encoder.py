@@ -1,15 +1,16 @@
 """Encoders: from projected feature maps to the memory that the decoder attends to (paper section 3.1).
 
-Shapes: B images, C model width, M heads, H x W a feature map, N pixels of all levels together.
+Shapes: B images, C model width, M heads, V levels, N pixels of all levels together.
 """
 
-import torch
 from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from ..ops.runtime import run_layer
 from .deformable_attention import MultiScaleDeformableAttention
-from .layers import FeedForward, run_layer, xavier_uniform_matrices_
+from .layers import FeedForward, xavier_uniform_matrices_
+from .levels import flatten_levels, pixel_points, points_in_padded_maps, replace_features
 from .structures import FeatureLevel
 
 __all__ = ["ENCODER_REGISTRY", "DeformableTransformerEncoder", "TransformerEncoder", "build_encoder"]
@@ -18,47 +19,15 @@ ENCODER_REGISTRY = Registry("ENCODER")
 ENCODER_REGISTRY.__doc__ = """
 Registry of encoders, chosen by ``cfg.MODEL.SAMDETR.ENCODER.NAME``.
 
-A registered class is called as ``Encoder(cfg)``. The module it makes is called with a list of :class:`FeatureLevel`, in
+A registered class is called as ``Encoder(cfg)``. The resulting module is called with a list of :class:`FeatureLevel`, in
 the order of ``MODEL.SAMDETR.IN_FEATURES``, and returns as many levels in the same order, with new ``features`` of the
 same shape. An unpadded pixel must not depend on padded ones.
 """
 
 
 def build_encoder(cfg) -> nn.Module:
-    """Build the encoder by ``cfg.MODEL.SAMDETR.ENCODER.NAME``."""
+    """Build the encoder that ``cfg.MODEL.SAMDETR.ENCODER.NAME`` names."""
     return ENCODER_REGISTRY.get(cfg.MODEL.SAMDETR.ENCODER.NAME)(cfg)
-
-
-def flatten_levels(maps: list[Tensor], batch: int) -> Tensor:
-    """Concatenate (batch or 1, H_i, W_i, ...) maps to (batch, N, ...)."""
-    return torch.cat([x.flatten(1, 2).expand(batch, *[-1] * (x.dim() - 2)) for x in maps], dim=1)
-
-
-def flatten_all(levels: list[FeatureLevel]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Concatenate what the levels hold.
-
-    Returns:
-        Features (B, N, C), position encodings (B, N, C), or (1, N, C) if nothing is padded, and the padding mask (B, N),
-        None if nothing is padded.
-    """
-    batch = levels[0].features.shape[0]
-    memory = flatten_levels([level.features for level in levels], batch)
-    if all(level.padding_mask is None for level in levels):
-        return memory, flatten_levels([level.position for level in levels], 1), None
-    masks = [
-        memory.new_zeros(batch, *level.size, dtype=torch.bool) if level.padding_mask is None else level.padding_mask
-        for level in levels
-    ]
-    return memory, flatten_levels([level.position for level in levels], batch), flatten_levels(masks, batch)
-
-
-def with_new_features(levels: list[FeatureLevel], memory: Tensor) -> list[FeatureLevel]:
-    """Cut (B, N, C) back into levels that keep everything but their features."""
-    parts = memory.split([level.size[0] * level.size[1] for level in levels], dim=1)
-    return [
-        FeatureLevel(part.unflatten(1, level.size), level.position, level.valid_size, level.padding_mask)
-        for part, level in zip(parts, levels)
-    ]
 
 
 class TransformerEncoderLayer(nn.Module):
@@ -90,7 +59,7 @@ class TransformerEncoder(nn.Module):
             num_heads: attention heads M, dividing C.
             feedforward_dim: hidden width of the feed-forward networks.
             num_layers: number of layers, 0 or more.
-            recompute: whether each layer's activations are computed again in the backward pass instead of kept.
+            recompute: whether to recompute each layer's activations in the backward pass instead of keeping them.
         """
         super().__init__()
         self.recompute = recompute
@@ -111,11 +80,11 @@ class TransformerEncoder(nn.Module):
         }
 
     def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
-        """See :data:`ENCODER_REGISTRY`."""
-        memory, position, mask = flatten_all(levels)
+        """Encode the levels; see :data:`ENCODER_REGISTRY`."""
+        memory, position, mask = flatten_levels(levels)
         for layer in self.layers:
             memory = run_layer(layer, memory, position, mask, recompute=self.recompute)
-        return with_new_features(levels, memory)
+        return replace_features(levels, memory)
 
 
 class DeformableTransformerEncoderLayer(nn.Module):
@@ -142,35 +111,6 @@ class DeformableTransformerEncoderLayer(nn.Module):
         return self.feedforward(self.norm(x + attended))
 
 
-def in_padded_maps(points: Tensor, levels: list[FeatureLevel]) -> Tensor:
-    """Map points (..., 2) with the images first, in [0, 1] of the valid image, to (..., V, 2) in [0, 1] of each level's map."""
-    ratios = []
-    for level in levels:
-        height, width = level.size
-        ratios.append(level.valid_size / torch.tensor([width, height], dtype=torch.float32, device=points.device))
-    ratios = torch.stack(ratios, dim=1)[(slice(None), *[None] * (points.dim() - 2))]  # (B, 1, ..., V, 2)
-    return points[..., None, :] * ratios
-
-
-def encoder_reference_points(levels: list[FeatureLevel]) -> Tensor:
-    """Where each pixel looks in each level: its own place in the valid image, in units of the level's padded map.
-
-    Returns:
-        (B, N, 1, V, 2) float32 for V levels, the same for all heads.
-    """
-    places = []
-    for level in levels:
-        height, width = level.size
-        valid_size = level.valid_size[:, None, None]  # (B, 1, 1, 2)
-        y, x = torch.meshgrid(
-            torch.arange(height, dtype=torch.float32, device=valid_size.device) + 0.5,
-            torch.arange(width, dtype=torch.float32, device=valid_size.device) + 0.5,
-            indexing="ij",
-        )
-        places.append((torch.stack([x, y], dim=-1) / valid_size).flatten(1, 2))
-    return in_padded_maps(torch.cat(places, dim=1)[:, :, None], levels)
-
-
 @ENCODER_REGISTRY.register()
 class DeformableTransformerEncoder(nn.Module):
     """Deformable DETR's encoder, over any number of levels."""
@@ -190,8 +130,8 @@ class DeformableTransformerEncoder(nn.Module):
         """
         Args:
             dim, num_heads, feedforward_dim, num_layers, recompute: see :class:`TransformerEncoder`.
-            num_levels: number of feature levels.
-            num_points: points of each head in each level.
+            num_levels: number of feature levels V.
+            num_points: number of points of each head in each level.
         """
         super().__init__()
         self.recompute = recompute
@@ -216,10 +156,10 @@ class DeformableTransformerEncoder(nn.Module):
         }
 
     def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
-        """See :data:`ENCODER_REGISTRY`."""
-        memory, position, mask = flatten_all(levels)
-        reference_points = encoder_reference_points(levels)
+        """Encode the levels; see :data:`ENCODER_REGISTRY`. Each pixel looks around its own place in every level."""
+        memory, position, mask = flatten_levels(levels)
+        reference_points = points_in_padded_maps(pixel_points(levels)[:, :, None], levels)  # (B, N, 1, V, 2)
         sizes = [level.size for level in levels]
         for layer in self.layers:
             memory = run_layer(layer, memory, position, reference_points, sizes, mask, recompute=self.recompute)
-        return with_new_features(levels, memory)
+        return replace_features(levels, memory)

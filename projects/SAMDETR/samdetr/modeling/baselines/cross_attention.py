@@ -1,9 +1,9 @@
-"""The cross-attentions of other detectors, to compare with: entries of ``CROSS_ATTENTION_REGISTRY``.
+"""The cross-attentions of other detectors, as entries of ``CROSS_ATTENTION_REGISTRY``.
 
-They are meant for queries as they are (``IdentityAligner``), but take aligned ones as well. docs/baselines.md says how close
-each comes to the detector that it is named after.
+They are meant for queries as they are (``IdentityAligner``), but take aligned queries as well. docs/baselines.md says how
+close each comes to the detector that it is named after.
 
-Shapes: B images, Q queries, C model width, M heads, V levels, P points, N pixels of a level.
+Shapes: B images, Q queries, C model width, M heads, V levels, N pixels of a level.
 """
 
 import math
@@ -12,11 +12,11 @@ import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from .cross_attention import CROSS_ATTENTION_REGISTRY, DotProductAttention, GaussianModulation
-from .deformable_attention import MultiScaleDeformableAttention
-from .encoder import flatten_all, in_padded_maps
-from .layers import MLP
-from .structures import AlignedQuery, FeatureLevel
+from ..cross_attention import CROSS_ATTENTION_REGISTRY, DotProductAttention, SMCACrossAttention
+from ..deformable_attention import MultiScaleDeformableAttention
+from ..layers import MLP
+from ..levels import flatten_levels, points_in_padded_maps
+from ..structures import AlignedQuery, FeatureLevel
 
 __all__ = [
     "ConditionalCrossAttention",
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def project_by_head(linear: nn.Linear, x: Tensor) -> Tensor:
-    """Project (B, Q, M, C), each head to its own C / M outputs of the layer: (B, M, Q, C / M)."""
+    """Project (B, Q, M, C), each head to its own C / M outputs of the layer, to (B, M, Q, C / M)."""
     heads = x.shape[2]
     projected = torch.einsum("bqmc,mdc->bmqd", x, linear.weight.unflatten(0, (heads, -1)))
     return projected + linear.bias.view(heads, 1, -1).to(projected.dtype)
@@ -47,14 +47,23 @@ class MultiHeadCrossAttention(DotProductAttention):
 
 
 @CROSS_ATTENTION_REGISTRY.register()
-class SMCAMultiHeadCrossAttention(GaussianModulation, MultiHeadCrossAttention):
+class SMCAMultiHeadCrossAttention(MultiHeadCrossAttention):
     """DETR's with SMCA's Gaussians (https://arxiv.org/abs/2101.07448)."""
+
+    @configurable
+    def __init__(self, *, dim: int, num_heads: int, gaussian_beta: float):
+        """See :class:`DotProductAttention`."""
+        super().__init__(dim=dim, num_heads=num_heads, gaussian_beta=gaussian_beta)
+
+    @classmethod
+    def from_config(cls, cfg):
+        return SMCACrossAttention.from_config(cfg)
 
 
 @CROSS_ATTENTION_REGISTRY.register()
 class ConditionalCrossAttention(DotProductAttention):
-    """Conditional DETR's: content and position side by side, so that their products add up and do not mix; the position
-    scaled by a function of the content (https://arxiv.org/abs/2108.06152)."""
+    """Conditional DETR's (https://arxiv.org/abs/2108.06152): content and position side by side, so that their products
+    add up and do not mix; the position is scaled by a function of the content."""
 
     def add_projections(self) -> None:
         self.query_content = nn.Linear(self.dim, self.dim)
@@ -73,13 +82,11 @@ class ConditionalCrossAttention(DotProductAttention):
 
 @CROSS_ATTENTION_REGISTRY.register()
 class DeformableCrossAttention(nn.Module):
-    """Deformable DETR's: a few points of every level around each head's keypoint (https://arxiv.org/abs/2010.04159).
+    """Deformable DETR's (https://arxiv.org/abs/2010.04159): a few points of every level around each head's keypoint.
 
-    With ``IdentityAligner`` that is the box's centre, as published. The offsets are in pixels of the level and not in units
+    With ``IdentityAligner`` the keypoint is the box's centre, as published. Offsets are in pixels of the level, not in units
     of the box, as in Deformable DETR without box refinement. A query that differs by head is averaged over the heads.
     """
-
-    needs_all_levels = True
 
     @configurable
     def __init__(self, *, dim: int, num_heads: int, num_levels: int, num_points: int):
@@ -99,9 +106,9 @@ class DeformableCrossAttention(nn.Module):
             "num_points": node.CROSS_ATTENTION.NUM_POINTS,
         }
 
-    def forward(self, query: AlignedQuery, levels: list[FeatureLevel]) -> Tensor:
-        """See :data:`CROSS_ATTENTION_REGISTRY`."""
-        memory, _, padding_mask = flatten_all(levels)
-        points = in_padded_maps(query.keypoints.float(), levels)
+    def forward(self, query: AlignedQuery, levels: list[FeatureLevel], index: int) -> Tensor:
+        """Attend to all levels; see :data:`CROSS_ATTENTION_REGISTRY`."""
+        memory, _, padding_mask = flatten_levels(levels)
+        points = points_in_padded_maps(query.keypoints.float(), levels)
         sizes = [level.size for level in levels]
         return self.attention((query.content + query.position).mean(2), points, memory, sizes, padding_mask)

@@ -1,6 +1,6 @@
-"""Boxes as tensors: the two formats and their generalised IoU.
+"""Convert boxes between two formats, and compute their generalised IoU.
 
-(cx, cy, w, h) is centre and size, (x0, y0, x1, y1) two corners; both may be normalised or in pixels.
+(cx, cy, w, h) is centre and size, (x0, y0, x1, y1) is two corners; both may be normalised or in pixels.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torchvision.ops import box_convert
 
 __all__ = ["cxcywh_to_xyxy", "generalized_iou", "xyxy_to_cxcywh"]
 
-_SMALLEST_AREA = 1e-12  # keeps the quotients of degenerate boxes finite without changing those of any real box
+_SMALLEST_AREA = 1e-12  # keeps the ratios of degenerate boxes finite and changes those of no real box
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -23,10 +23,10 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU (https://arxiv.org/abs/1902.09630) of boxes, with broadcasting.
+    """Compute the generalised IoU (https://arxiv.org/abs/1902.09630) of boxes, with broadcasting.
 
-    Unlike torchvision's and fvcore's, it needs no look at the data (no synchronisation on CUDA), broadcasts, so that it
-    serves pairs and matrices alike, and is finite for boxes without area.
+    Unlike torchvision's and fvcore's functions, this one does not read the data (so it does not synchronise with the GPU),
+    broadcasts (so it serves pairs and matrices alike), and is finite for boxes without area.
 
     Args:
         a, b: (..., 4) boxes (x0, y0, x1, y1) with x0 <= x1 and y0 <= y1, shapes that broadcast.

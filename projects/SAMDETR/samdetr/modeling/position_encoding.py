@@ -1,6 +1,6 @@
-"""Sine embeddings of points, and of the pixel centres of feature maps (model: SAM-DETR, as published).
+"""Sine embeddings of points, and of the pixel centres of feature maps (as in the published code).
 
-The first half of the channels belongs to y, the second to x; sine and cosine are interleaved.
+The first half of the channels belongs to y, the second half to x; sines and cosines are interleaved.
 """
 
 import math
@@ -12,9 +12,9 @@ __all__ = ["pixel_position_encoding", "sine_embedding"]
 
 
 def _sine_embedding_1d(coordinate: Tensor, dim: int, temperature: float) -> Tensor:
-    """Embed (...) coordinates, 1 being a full turn of the fastest sine, into (..., dim)."""
+    """Embed (...) coordinates into (..., dim). The highest-frequency sine completes one period over [0, 1]."""
     if dim % 2:
-        raise ValueError(f"A sine embedding needs an even number of channels a coordinate, not {dim}.")
+        raise ValueError(f"A sine embedding needs an even number of channels per coordinate, not {dim}.")
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=coordinate.device) / dim
     angle = (2 * math.pi * coordinate.float())[..., None] / temperature**exponent
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
@@ -26,7 +26,7 @@ def sine_embedding(points: Tensor, dim: int, temperature: float) -> Tensor:
     Args:
         points: (..., 2), (x, y) in [0, 1].
         dim: number of channels C, a multiple of 4.
-        temperature: ratio of the slowest to the fastest wave length, about.
+        temperature: ratio of the longest wave length to the shortest, approximately.
 
     Returns:
         (..., C) float32.
@@ -40,19 +40,19 @@ def pixel_position_encoding(size: tuple[int, int], valid_size: Tensor, dim: int,
     """Embed the centres of a feature map's pixels, (i + 0.5) / valid length.
 
     Args:
-        size: height and width of the (padded) map.
-        valid_size: (B, 2), width and height of the unpadded part, in pixels.
+        size: height and width of the map, padding included.
+        valid_size: (B, 2), height and width of the unpadded part, in pixels.
         dim, temperature: see :func:`sine_embedding`.
 
     Returns:
-        (B, H, W, C) float32, finite at padded pixels too.
+        (B, H, W, C) float32, finite at padded pixels as well.
     """
     height, width = size
     half = dim // 2
     rows = torch.arange(height, dtype=torch.float32, device=valid_size.device) + 0.5
     columns = torch.arange(width, dtype=torch.float32, device=valid_size.device) + 0.5
-    y = _sine_embedding_1d(rows / valid_size[:, 1:], half, temperature)  # (B, H, C / 2)
-    x = _sine_embedding_1d(columns / valid_size[:, :1], half, temperature)  # (B, W, C / 2)
+    y = _sine_embedding_1d(rows / valid_size[:, :1], half, temperature)  # (B, H, C / 2)
+    x = _sine_embedding_1d(columns / valid_size[:, 1:], half, temperature)  # (B, W, C / 2)
     y = y[:, :, None].expand(-1, -1, width, -1)
     x = x[:, None].expand(-1, height, -1, -1)
     return torch.cat([y, x], dim=-1)

@@ -1,4 +1,4 @@
-"""SAMDETR, the meta-architecture: images in, losses or detections out."""
+"""SAMDETR, the meta-architecture: from images to losses or detections."""
 
 from itertools import pairwise
 
@@ -10,17 +10,16 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .backbone import optimize_backbone
 from .boxes import xyxy_to_cxcywh
-from .criterion import SetCriterion
+from .criterion import NonFinitePredictionError, SetCriterion
 from .decoder import Decoder
 from .encoder import build_encoder
-from .errors import UserError
 from .feature_projection import FeatureProjection
-from .inference import select_detections
-from .matcher import NonFinitePredictionError
+from .postprocessing import select_detections
 from .query_generator import build_query_generator
-from .structures import ImageTarget, QueryBatch
+from .structures import ImageTarget, Predictions, QueryBatch
 
 __all__ = ["SAMDETR"]
 
@@ -47,16 +46,16 @@ class SAMDETR(nn.Module):
     ):
         """
         Args:
-            backbone: follows detectron2's backbone interface; optimized in place, see :func:`optimize_backbone`.
+            backbone: follows detectron2's backbone interface; optimised in place, see :func:`optimize_backbone`.
             in_features: names of the backbone's outputs to use, from the finest to the coarsest.
-            feature_projection: makes levels of the chosen features.
-            encoder: see :data:`samdetr.encoder.ENCODER_REGISTRY`.
-            query_generator: see :data:`samdetr.query_generator.QUERY_GENERATOR_REGISTRY`.
+            feature_projection: turns the chosen features into levels.
+            encoder: see :data:`samdetr.modeling.encoder.ENCODER_REGISTRY`.
+            query_generator: see :data:`samdetr.modeling.query_generator.QUERY_GENERATOR_REGISTRY`.
             decoder: predicts from queries and levels.
             criterion: computes the losses.
             num_classes: number of classes K; labels in training are in [0, K).
-            max_detections: how many detections to return for an image.
-            pixel_mean, pixel_std: of each channel, in the images' units (0 to 255).
+            max_detections: how many detections to return per image.
+            pixel_mean, pixel_std: of each channel, in the units of the images (0 to 255).
         """
         super().__init__()
         self.backbone = optimize_backbone(backbone)
@@ -81,7 +80,7 @@ class SAMDETR(nn.Module):
             raise UserError(
                 f"MODEL.SAMDETR.IN_FEATURES is {list(node.IN_FEATURES)}, but the backbone {cfg.MODEL.BACKBONE.NAME} "
                 f"gives {sorted(shapes)}: choose from these, or change what the backbone gives "
-                "(MODEL.RESNETS.OUT_FEATURES for a ResNet)."
+                "(for a ResNet, MODEL.RESNETS.OUT_FEATURES)."
             )
         features = [shapes[name] for name in node.IN_FEATURES]
         if any(fine.stride >= coarse.stride for fine, coarse in pairwise(features)):
@@ -114,30 +113,30 @@ class SAMDETR(nn.Module):
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict], normalizers: Tensor | None = None) -> dict[str, Tensor] | list[dict]:
-        """Train on or detect in a batch of images.
+        """Compute the losses of a batch of images in training, and detections in evaluation.
 
         Args:
-            batched_inputs: detectron2's standard input, one dict an image: ``image`` (3, H, W) in 0 to 255; in training
+            batched_inputs: detectron2's standard input, one dict per image: ``image`` (3, H, W) in 0 to 255; in training
                 ``instances`` with ``gt_boxes`` and ``gt_classes``; in evaluation ``height`` and ``width`` of the output,
-                by default the image's own.
+                by default those of the image.
             normalizers: what to divide the losses by, if this is a part of a larger batch; see
                 :meth:`loss_normalizers`.
 
         Returns:
-            In training, the weighted losses by name. In evaluation, one ``{"instances": Instances}`` an image, with
-            ``pred_boxes``, ``scores``, ``pred_classes`` and ``query_indices``, best first, boxes in the output's pixels
+            In training, the weighted losses by name. In evaluation, one ``{"instances": Instances}`` per image, with
+            ``pred_boxes``, ``scores``, ``pred_classes`` and ``query_indices``, best first; boxes are in pixels of the output
             and clipped.
 
         Raises:
-            FloatingPointError: a prediction is NaN or infinite in training; names the image.
-            ValueError: a ground-truth label or box is unusable; names the image.
+            FloatingPointError: a prediction is NaN or infinite in training (with ``SOLVER.NON_FINITE "stop"``); names the
+                image.
+            UserError: a ground-truth label or box is unusable; names the image.
         """
         images = self.preprocess_images(batched_inputs)
         if not self.training:
             predictions, _ = self.decode(images.tensor, images.image_sizes, targets=None)
-            detections = select_detections(
-                predictions["pred_logits"][-1], predictions["pred_boxes"][-1], images.image_sizes, self.max_detections
-            )
+            last = predictions.logits[-1], predictions.boxes[-1]
+            detections = select_detections(*last, images.image_sizes, self.max_detections)
             return [
                 {"instances": detector_postprocess(result, inputs.get("height", size[0]), inputs.get("width", size[1]))}
                 for result, inputs, size in zip(detections, batched_inputs, images.image_sizes)
@@ -145,9 +144,7 @@ class SAMDETR(nn.Module):
         targets = self.prepare_targets(batched_inputs)
         predictions, queries = self.decode(images.tensor, images.image_sizes, targets)
         try:
-            return self.criterion(
-                predictions["pred_logits"], predictions["pred_boxes"], targets, queries.denoising, normalizers
-            )
+            return self.criterion(predictions, targets, queries.denoising, normalizers)
         except NonFinitePredictionError as error:
             raise FloatingPointError(
                 f"The model's predictions for {name_of(batched_inputs[error.image_index])} are not finite. A smaller "
@@ -156,13 +153,13 @@ class SAMDETR(nn.Module):
             ) from error
 
     def loss_normalizers(self, parts: list[list[dict]]) -> Tensor:
-        """What to divide the losses of each part of a batch by, so that they add up to the whole batch's.
+        """Return what to divide the losses of each part of a batch by, so that they add up to those of the whole batch.
 
         Args:
-            parts: the parts, each in :meth:`forward`'s format, on every process.
+            parts: the parts of the batch on this process, each in the format of :meth:`forward`.
 
         Returns:
-            See :meth:`samdetr.criterion.SetCriterion.normalizers`.
+            See :meth:`samdetr.modeling.criterion.SetCriterion.normalizers`.
         """
         targets = [self.prepare_targets(part) for part in parts]
         num_boxes = sum(len(target) for part in targets for target in part)
@@ -171,20 +168,20 @@ class SAMDETR(nn.Module):
 
     @torch.no_grad()
     def predict(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
-        """The raw outputs of every decoder layer, before post-processing, in the order of the queries.
+        """Return the raw outputs of every decoder layer, before post-processing, in the order of the queries.
 
         Args:
-            batched_inputs: see :meth:`forward`; ground truth is not looked at.
+            batched_inputs: see :meth:`forward`; ground truth is ignored.
 
         Returns:
             ``pred_logits`` (L, B, Q, K) and ``pred_boxes`` (L, B, Q, 4), normalised (cx, cy, w, h).
         """
         images = self.preprocess_images(batched_inputs)
         predictions, _ = self.decode(images.tensor, images.image_sizes, targets=None)
-        return predictions
+        return {"pred_logits": predictions.logits, "pred_boxes": predictions.boxes}
 
     def preprocess_images(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise the images and pad them, right and bottom, to the largest."""
+        """Normalise the images, and pad them at the right and at the bottom to the size of the largest."""
         images = [move_device_like(inputs["image"], self.pixel_mean) for inputs in batched_inputs]
         images = [(image - self.pixel_mean) / self.pixel_std for image in images]
         return ImageList.from_tensors(
@@ -192,12 +189,12 @@ class SAMDETR(nn.Module):
         )
 
     def prepare_targets(self, batched_inputs: list[dict]) -> list[ImageTarget]:
-        """Ground truth, normalised by each image's own size; boxes without area are left out."""
+        """Return the ground truth, normalised by each image's own size, without boxes that have no area."""
         for inputs in batched_inputs:
             if "instances" not in inputs:
                 raise UserError(f"{name_of(inputs)} has no 'instances', which training needs; an empty one will do.")
         instances = [inputs["instances"] for inputs in batched_inputs]
-        # All images at once: a batch of many small images would spend its time on calls.
+        # All images at once, because with many small images the calls themselves take the time.
         labels = torch.cat([x.gt_classes for x in instances])
         boxes = torch.cat([x.gt_boxes.tensor.float() for x in instances])
         finite, known = boxes.isfinite().all(1), (labels >= 0) & (labels < self.num_classes)
@@ -229,7 +226,7 @@ class SAMDETR(nn.Module):
 
     def decode(
         self, images: Tensor, image_sizes: list[tuple[int, int]] | None, targets: list[ImageTarget] | None
-    ) -> tuple[dict[str, Tensor], QueryBatch]:
+    ) -> tuple[Predictions, QueryBatch]:
         """Run the network.
 
         Args:
@@ -238,7 +235,7 @@ class SAMDETR(nn.Module):
             targets: B targets in training, else None.
 
         Returns:
-            The decoder's predictions and the queries that it was given.
+            The decoder's predictions, and the queries that it was given.
         """
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         levels = self.feature_projection([features[name] for name in self.in_features], image_sizes)
@@ -248,5 +245,5 @@ class SAMDETR(nn.Module):
 
 
 def name_of(inputs: dict) -> str:
-    """How to call one image in a message."""
+    """Return what to call an image in a message."""
     return f"image {inputs.get('file_name', inputs.get('image_id', '(without file_name)'))}"

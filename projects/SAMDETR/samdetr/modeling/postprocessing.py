@@ -1,4 +1,4 @@
-"""From raw predictions to detections: the best (query, class) pairs, no NMS."""
+"""Turn raw predictions into detections: the best (query, class) pairs, without NMS."""
 
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
@@ -9,16 +9,16 @@ __all__ = ["best_pairs", "select_detections"]
 
 
 def best_pairs(logits: Tensor, boxes: Tensor, max_detections: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best (query, class) pairs of each image.
+    """Find the best (query, class) pairs of each image.
 
     Args:
         logits: (B, Q, K) of the last decoder layer.
         boxes: (B, Q, 4), normalised (cx, cy, w, h).
-        max_detections: how many pairs to keep, if there are as many.
+        max_detections: how many pairs to keep, if there are that many.
 
     Returns:
-        For N pairs, best first: scores (B, N) in (0, 1), classes (B, N), boxes (B, N, 4) as normalised corners
-        (x0, y0, x1, y1), not clipped, and queries (B, N).
+        For n pairs, best first: scores (B, n) in (0, 1); classes (B, n); boxes (B, n, 4) as normalised corners
+        (x0, y0, x1, y1), not clipped; and queries (B, n).
     """
     queries, classes = logits.shape[1:]
     scores, pairs = logits.sigmoid().flatten(1).topk(min(max_detections, queries * classes), dim=1)
@@ -30,17 +30,15 @@ def best_pairs(logits: Tensor, boxes: Tensor, max_detections: int) -> tuple[Tens
 def select_detections(
     logits: Tensor, boxes: Tensor, image_sizes: list[tuple[int, int]], max_detections: int
 ) -> list[Instances]:
-    """Keep each image's best pairs of a query and a class.
+    """Keep the best (query, class) pairs of each image as detections.
 
     Args:
-        logits: (B, Q, K) of the last decoder layer.
-        boxes: (B, Q, 4), normalised (cx, cy, w, h).
+        logits, boxes, max_detections: see :func:`best_pairs`.
         image_sizes: height and width of each image, without padding.
-        max_detections: how many pairs to keep, if there are as many.
 
     Returns:
         For each image :class:`Instances` of its size, best first: ``pred_boxes`` in pixels (not clipped), ``scores`` in
-        (0, 1), ``pred_classes``, and ``query_indices``, which query each comes from.
+        (0, 1), ``pred_classes``, and ``query_indices``, the query that each detection comes from.
     """
     detections = []
     for *image_detections, (height, width) in zip(*best_pairs(logits, boxes, max_detections), image_sizes):

@@ -1,0 +1,183 @@
+"""The format of this project's checkpoints, and the one place that reads and writes them.
+
+A checkpoint is a file of ``torch.save`` with a dict of these entries, of which all but ``model`` may be missing:
+
+===================  ===================================================================================================
+``model``            the weights, by name
+``average``          the moving average of the weights, by name with the prefix "module." (with ``SOLVER.EMA``)
+``config``           the full config of the run, as YAML text
+``class_names``      the classes' names, by index
+``category_ids``     the dataset's own ids of the classes, by index
+``trainer``          optimizer, schedule, iteration and whatever else a run resumes from
+``iteration``        the iteration after which it was saved
+``metric``           in ``model_best.pth``: the AP
+===================  ===================================================================================================
+"""
+
+import contextlib
+import os
+import pickle
+import zipfile
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
+from torch import Tensor
+
+from ..config import number_of_classes, parse_config
+from ..errors import UserError
+
+__all__ = ["Checkpoint", "describe_run", "write_atomically"]
+
+
+class Checkpoint:
+    """What a checkpoint holds, read once and verified.
+
+    Attributes:
+        entries: all entries of the file.
+        path: where it was read from.
+    """
+
+    def __init__(self, entries: dict[str, Any], path: str = ""):
+        self.entries = entries
+        self.path = path
+
+    @classmethod
+    def read(cls, path: str | os.PathLike, *, name: str = "MODEL.WEIGHTS", allow_objects: bool = False) -> "Checkpoint":
+        """Read a file, opening it once, and verify the checksums of its contents.
+
+        Args:
+            path: of the file, on this machine. The names of tensors alone, without ``model`` around them, are accepted.
+            name: what to call the file in a message: the key or argument that names it.
+            allow_objects: whether to load Python objects other than tensors and plain containers, which can run code.
+
+        Raises:
+            UserError: the file is missing, truncated, damaged, not a checkpoint, or holds objects.
+        """
+        path = os.fspath(path)
+        if not PathManager.isfile(path):
+            raise UserError(f"{name} {path}: there is no such file (looked in {os.getcwd()}).")
+        with PathManager.open(path, "rb") as file:
+            try:
+                if zipfile.is_zipfile(file):
+                    damaged = zipfile.ZipFile(file).testzip()
+                    if damaged is not None:
+                        raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+                file.seek(0)
+                entries = torch.load(file, map_location="cpu", weights_only=not allow_objects)
+            except Exception as error:  # torch raises many types for damaged files
+                objects = _foreign_objects(file) if isinstance(error, pickle.UnpicklingError) else []
+                if objects:
+                    raise UserError(
+                        f"{name} {path} holds Python objects beside tensors ({', '.join(objects)}), and loading them can run "
+                        "code, so they are refused. If you trust the file, load it once with torch.load(path, "
+                        'weights_only=False) and save only its "model" entry.',
+                        argument="allow_objects",
+                    ) from error
+                raise UserError(
+                    f"{name} {path} is truncated, damaged or not a checkpoint ({type(error).__name__}: "
+                    f"{_first_line(error)}): copy it again, or name another file."
+                ) from error
+        if not isinstance(entries, dict):
+            raise UserError(f"{name} {path} holds a {type(entries).__name__}, not a checkpoint's dict.")
+        return cls(entries if "model" in entries else {"model": entries}, path)
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Write the file, whole or not at all."""
+        with write_atomically(path) as file:
+            torch.save(self.entries, file)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights, by name."""
+        return self.entries["model"]
+
+    @property
+    def average(self) -> dict[str, Tensor] | None:
+        """The moving average of the weights, under the names of :attr:`weights`; None if there is none."""
+        if "average" not in self.entries:
+            return None
+        average = self.entries["average"].items()
+        return {key.removeprefix("module."): value for key, value in average if key.startswith("module.")}
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes' names, by index; None if the file does not know them."""
+        return self.entries.get("class_names")
+
+    @property
+    def category_ids(self) -> list[int] | None:
+        """The training dataset's own ids of the classes, by index; None if the file does not know them."""
+        return self.entries.get("category_ids")
+
+    @property
+    def metric(self) -> float | None:
+        """The AP of the weights, in ``model_best.pth``; elsewhere None."""
+        return self.entries.get("metric")
+
+    def config(self) -> CfgNode | None:
+        """Return the config of the run, with this file as ``MODEL.WEIGHTS``; None if the file carries none.
+
+        Raises:
+            UserError: it is the config of another version of this project.
+        """
+        if "config" not in self.entries:
+            return None
+        try:
+            cfg = parse_config(self.entries["config"])
+        except UserError as error:
+            raise UserError(
+                f"{self.path} carries a config of another version of this project ({error}): name a config file that fits.",
+                argument="config_file",
+            ) from error
+        cfg.MODEL.WEIGHTS = self.path
+        return cfg
+
+
+def describe_run(cfg: CfgNode) -> dict[str, Any]:
+    """Return the entries of a checkpoint that make it usable without anything else.
+
+    Args:
+        cfg: the config of the run, whose training datasets are registered.
+
+    Returns:
+        ``config``, ``class_names`` and ``category_ids``, see above; the latter two are None if the dataset does not name its
+        classes.
+    """
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if len(cfg.DATASETS.TRAIN) else None
+    names = metadata and metadata.get("thing_classes")
+    ids = metadata and metadata.get("thing_dataset_id_to_contiguous_id")
+    if names and len(names) != number_of_classes(cfg)[1]:
+        names = ids = None
+    return {
+        "config": cfg.dump(),
+        "class_names": list(names) if names else None,
+        "category_ids": sorted(ids, key=ids.get) if ids else None,
+    }
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | os.PathLike):
+    """Open a file for writing that appears under its name only when all of it is on the disk."""
+    path = os.fspath(path)
+    temporary = f"{path}.part"
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _foreign_objects(file) -> list[str]:
+    """Return the names of the Python objects that loading the file would need; empty if that is not known."""
+    try:
+        file.seek(0)
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception:  # not a checkpoint at all, or one of torch's old format
+        return []
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no details"])[0]

@@ -1,0 +1,149 @@
+"""Save and load a model during a run, with detectron2's checkpointer."""
+
+import logging
+import os
+import re
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+
+from ..errors import UserError
+from .checkpoint import Checkpoint, write_atomically
+from .validation import check_fit, class_parameters
+
+__all__ = ["CheckedCheckpointer"]
+
+logger = logging.getLogger(__name__)
+
+
+class CheckedCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpointer, with checks.
+
+    It writes a file whole or not at all, and refuses a checkpoint that does not fit the model. If a model is initialised from
+    a checkpoint with another number of classes, its class heads and label embedding start from scratch, and the log says so.
+    A run whose last checkpoint is damaged resumes from the one before.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *args,
+        complete: bool,
+        use_average: bool = False,
+        description: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        """
+        Args:
+            model, args, kwargs: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
+            complete: whether every parameter must come from the checkpoint (evaluation and resuming), or any subset will do
+                (initialisation).
+            use_average: whether to load the moving average of the weights, if the checkpoint has one.
+            description: what every saved checkpoint carries beside the weights, see :func:`describe_run`.
+        """
+        super().__init__(model, *args, **kwargs)
+        self.description = description or {}
+        self.complete = complete
+        self.use_average = use_average
+        self._path = ""
+        self._read: Checkpoint | None = None
+
+    def save(self, name: str, *, tag: bool = True, **extra) -> None:
+        """Write ``name.pth``.
+
+        Args:
+            name: of the file, without its ending.
+            tag: whether to mark it as the last checkpoint, which resuming starts from.
+            extra: further entries.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        Checkpoint({"model": self.model.state_dict(), **parts, **self.description, **extra}).write(path)
+        if tag:
+            self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with write_atomically(os.path.join(self.save_dir, "last_checkpoint")) as f:
+            f.write(last_filename_basename.encode())
+
+    def has_checkpoint(self) -> bool:
+        return bool(self._resumable_files())
+
+    def read_last(self) -> Checkpoint | None:
+        """Read the newest checkpoint of a run in ``save_dir`` that is not damaged; None if there is no checkpoint.
+
+        Raises:
+            UserError: there are checkpoints, but all of them are damaged.
+        """
+        files = self._resumable_files()
+        for path in files:
+            try:
+                checkpoint = Checkpoint.read(path, name="The checkpoint")
+            except UserError as error:
+                logger.error("%s Trying the checkpoint before it.", error)
+                continue
+            logger.info("Resuming from %s.", path)
+            return checkpoint
+        if files:
+            raise UserError(f"None of the checkpoints in {self.save_dir} can be read: {', '.join(files)}.")
+        return None
+
+    def _resumable_files(self) -> list[str]:
+        """Return the checkpoints of a run: the one marked as last first, then from the newest to the oldest."""
+        if not os.path.isdir(self.save_dir):
+            return []
+        files = [
+            os.path.join(self.save_dir, name)
+            for name in os.listdir(self.save_dir)
+            if re.fullmatch(r"model_(\d+|final)\.pth", name)
+        ]
+        files.sort(key=os.path.getmtime, reverse=True)
+        marked = super().get_checkpoint_file()
+        return sorted(files, key=lambda path: path != marked)
+
+    def load(self, source: str | Checkpoint, *args, **kwargs) -> dict:
+        """Load a checkpoint that has been read already, or a file or address that detectron2 knows.
+
+        Args:
+            source: the checkpoint.
+            args, kwargs: see :meth:`fvcore.common.checkpoint.Checkpointer.load`.
+
+        Returns:
+            The entries that were not loaded.
+        """
+        self._read = source if isinstance(source, Checkpoint) else None
+        self._path = source.path if isinstance(source, Checkpoint) else source
+        try:
+            return super().load(self._path, *args, **kwargs)
+        finally:
+            self._read = None
+
+    def _torch_load(self, f: str) -> dict:
+        checkpoint = self._read or Checkpoint.read(f)
+        entries = dict(checkpoint.entries)
+        if self.use_average and checkpoint.average is not None:
+            logger.info("Using the moving average of the weights in %s.", f)
+            entries["model"] = checkpoint.average
+        elif self.use_average:
+            logger.warning("%s holds no moving average of the weights: using its weights.", f)
+        return entries
+
+    def _load_model(self, checkpoint: dict):
+        if not checkpoint.get("matching_heuristics", False):
+            check_fit(self._path, self.model, checkpoint["model"], complete=self.complete)
+        elif self.complete:
+            raise UserError(
+                f"{self._path} holds a pretrained backbone, not a trained detector: name a checkpoint of this model in "
+                "MODEL.WEIGHTS."
+            )
+        incompatible = super()._load_model(checkpoint)
+        reset = class_parameters(name for name, *_ in incompatible.incorrect_shapes)
+        if reset:
+            logger.warning(
+                "%s was trained with another number of classes: %s start from scratch.", self._path, ", ".join(reset)
+            )
+        return incompatible

@@ -1,0 +1,64 @@
+"""Check whether weights fit a model, before they are loaded into it."""
+
+import re
+from collections.abc import Iterable
+
+import torch
+
+from ..errors import UserError
+
+__all__ = ["check_fit", "class_parameters"]
+
+# Parameters whose first dimension follows from the number of classes; the last two lines are those of detectron2's detectors.
+_CLASS_PARAMETERS = re.compile(
+    r"decoder\.class_heads\.\d+\.(weight|bias)|query_generator\.label_embedding\.weight"
+    r"|roi_heads\.box_predictor\.(\d+\.)?(cls_score|bbox_pred)\.(weight|bias)"
+    r"|head\.cls_score\.(weight|bias)"
+)
+
+
+def class_parameters(names: Iterable[str]) -> list[str]:
+    """Return those of the parameters that depend on the number of classes, sorted."""
+    return sorted(name for name in names if _CLASS_PARAMETERS.fullmatch(name))
+
+
+def check_fit(path: str, model: torch.nn.Module, weights: dict, *, complete: bool) -> None:
+    """Check that weights fit a model.
+
+    Args:
+        path: of the checkpoint, for the message.
+        model: the model.
+        weights: by name, in this project's names.
+        complete: whether every parameter must be among them (evaluation). Otherwise they may be a part of the model, such as
+            its backbone, and of another number of classes; but whatever they have of the model must fit.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    foreign = [name for name, value in weights.items() if not hasattr(value, "shape")]
+    if foreign:
+        raise UserError(
+            f"{path} is not a checkpoint of this project: beside tensors it has the entries {', '.join(foreign[:5])}. It "
+            'needs an entry "model" with the parameters. A file of the authors\' has to be converted first '
+            "(convert_published_state_dict)."
+        )
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {name.removeprefix("module."): tuple(value.shape) for name, value in weights.items()}
+    fitting = {name for name, shape in own.items() if shapes.get(name) == shape}
+    wrong = [name for name in own if name not in fitting and (complete or name in shapes)]
+    if not complete:
+        reset = class_parameters(wrong)
+        wrong = [name for name in wrong if name not in reset or shapes[name][1:] != own[name][1:]]
+    if wrong:
+        name = next((name for name in wrong if name in shapes), wrong[0])
+        found = f"has shape {shapes[name]} in the file" if name in shapes else "is not in the file"
+        raise UserError(
+            f"{path} is of another architecture than the config: {len(wrong)} of {len(own)} parameters do "
+            f"not fit; {name}, of shape {own[name]} in the model, {found}. Use the config that the checkpoint was trained "
+            "with (config.yaml beside it)."
+        )
+    if not fitting:
+        raise UserError(
+            f"{path} has no parameter that fits this model: its first is {next(iter(shapes), None)!r}, the "
+            f"model's {next(iter(own))!r}."
+        )

@@ -1,0 +1,122 @@
+"""Evaluate detections: the evaluator, what is written about it, and an evaluation image by image."""
+
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from tqdm import tqdm
+
+from ..data import build_test_loader
+from ..errors import UserError
+from ..solver import autocast
+
+__all__ = ["ImageEvaluation", "build_evaluator", "evaluate_images", "f1", "write_results"]
+
+
+class _KeepingEvaluator(COCOEvaluator):
+    """detectron2's evaluator; it keeps pycocotools' result, with precision by recall."""
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        self.coco_eval = coco_eval
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+
+def build_evaluator(dataset_name: str, output_dir: str | None) -> COCOEvaluator:
+    """Build the evaluator of boxes that every evaluation here uses.
+
+    Args:
+        dataset_name: name of a registered dataset.
+        output_dir: where to write the detections; None for nowhere.
+    """
+    return _KeepingEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
+
+
+def write_results(cfg, results: dict, name: str, weights: str) -> None:
+    """Write results, and whose they are, to a file in OUTPUT_DIR, on the main process."""
+    if comm.is_main_process():
+        with PathManager.open(os.path.join(cfg.OUTPUT_DIR, name), "w") as f:
+            json.dump({"weights": weights, "datasets": list(cfg.DATASETS.TEST), "results": results}, f, indent=1)
+
+
+@dataclass
+class ImageEvaluation:
+    """COCO's evaluation of the detections, and what belongs to each image.
+
+    Attributes:
+        records: the dataset's records, in detectron2's standard format.
+        detections: by image id, boxes in the image's pixels.
+        results: detectron2's, in percent: "AP", "AP50", ..., "APl", and "AP-NAME" of every class.
+        precision: (IoU thresholds, recall steps), mean over classes.
+        quality: F1 of each image id, in [0, 1].
+    """
+
+    records: list[dict]
+    detections: dict[int, Instances]
+    results: dict[str, float]
+    precision: np.ndarray
+    quality: dict[int, float]
+
+
+def evaluate_images(
+    cfg, model: torch.nn.Module, dataset_name: str, max_images: int | None, score_threshold: float
+) -> ImageEvaluation:
+    """Evaluate a model as a training run does, and keep what each image got.
+
+    Args:
+        cfg: the model's config.
+        model: in evaluation mode.
+        dataset_name: name of a registered dataset.
+        max_images: evaluate the first images only; None for all.
+        score_threshold: detections below it do not count for F1.
+
+    Raises:
+        UserError: the model detects nothing at all.
+    """
+    records = DatasetCatalog.get(dataset_name)[:max_images]
+    wanted, found = {record["image_id"] for record in records}, {}
+    evaluator = build_evaluator(dataset_name, output_dir=None)
+    evaluator.reset()
+    progress = tqdm(total=len(records), unit="image")
+    for batch in build_test_loader(cfg, dataset_name):
+        if len(found) == len(wanted):
+            break
+        with torch.no_grad(), autocast(cfg, model.device):
+            outputs = model(batch)
+        pairs = [(i, o) for i, o in zip(batch, outputs) if i["image_id"] in wanted]
+        evaluator.process(*([part[i] for part in pairs] for i in (0, 1)))
+        found |= {inputs["image_id"]: output["instances"].to("cpu") for inputs, output in pairs}
+        progress.update(len(pairs))
+    progress.close()
+    if not any(len(instances) for instances in found.values()):
+        raise UserError("The model detects nothing at all: is it trained?")
+    results = evaluator.evaluate(img_ids=sorted(wanted))["bbox"]
+    precision = evaluator.coco_eval.eval["precision"][..., 0, -1]  # (IoU, recall, K); -1: a class without boxes
+    has_boxes = (precision >= 0).all((0, 1))
+    by_recall = precision[..., has_boxes].mean(-1) if has_boxes.any() else np.zeros(precision.shape[:2])
+    quality = {record["image_id"]: f1(record, found[record["image_id"]], score_threshold) for record in records}
+    return ImageEvaluation(records, found, results, by_recall, quality)
+
+
+def f1(record: dict, instances: Instances, score_threshold: float) -> float:
+    """Return the F1 of one image at IoU 0.5: each box is found by at most one detection of its class, the best first."""
+    truth = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
+    confident = instances[instances.scores >= score_threshold]
+    if not truth and not len(confident):
+        return 1.0
+    corners = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in truth]
+    overlap = pairwise_iou(confident.pred_boxes, Boxes(torch.tensor(corners).reshape(-1, 4)))
+    labels = torch.tensor([a["category_id"] for a in truth], dtype=torch.long)
+    overlap = torch.where(confident.pred_classes[:, None] == labels, overlap, 0.0)
+    hits = 0
+    for row in overlap:
+        if len(row) and row.max() >= 0.5:
+            hits += 1
+            overlap[:, row.argmax()] = 0
+    return 2 * hits / (len(truth) + len(confident))

@@ -1,0 +1,51 @@
+"""Layers that the encoder, the decoder and the heads share."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+__all__ = ["MLP", "FeedForward", "xavier_uniform_matrices_"]
+
+
+def xavier_uniform_matrices_(module: nn.Module) -> None:
+    """Initialise every parameter with two or more dimensions Xavier-uniformly; leave the others as they are."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+
+
+class MLP(nn.Module):
+    """Linear layers with a ReLU between them.
+
+    Args:
+        widths: the input width, then the output width of each layer; at least two numbers.
+    """
+
+    def __init__(self, widths: list[int]):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., widths[0]) to (..., widths[-1])."""
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+class FeedForward(nn.Module):
+    """The last part of a transformer layer: two linear layers, residual, LayerNorm.
+
+    Args:
+        dim: model width C.
+        hidden_dim: width between the two linear layers.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.mlp = MLP([dim, hidden_dim, dim])
+        self.norm = nn.LayerNorm(dim)
+        xavier_uniform_matrices_(self.mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to (..., C)."""
+        return self.norm(x + self.mlp(x))

@@ -1,0 +1,125 @@
+"""The small typed containers that the parts of SAM-DETR exchange.
+
+Glossary of shapes, used in every module of this package:
+    B images, Q queries, C model width, M attention heads, K classes, L decoder layers, V feature levels,
+    H x W a feature map, N = H * W its pixels (or the pixels of all levels).
+Boxes are (cx, cy, w, h), normalised by the image's own size (without padding), unless a name says otherwise.
+Points are (x, y); sizes are (height, width), as in detectron2 and torch.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["AlignedQuery", "DenoisingTargets", "FeatureLevel", "ImageTarget", "Predictions", "QueryBatch"]
+
+
+@dataclass
+class FeatureLevel:
+    """One feature map of a batch of images, padded at the right and at the bottom.
+
+    Attributes:
+        features: (B, H, W, C).
+        position: (B or 1, H, W, C), position encoding that is added to attention's keys; 1 if no image is padded.
+        valid_size: (B, 2) float32, height and width of each image's unpadded part, in pixels of this map.
+        padding_mask: (B, H, W) bool, True at padded pixels; None if no image of the batch is padded.
+    """
+
+    features: Tensor
+    position: Tensor
+    valid_size: Tensor
+    padding_mask: Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the map, padding included."""
+        return self.features.shape[1], self.features.shape[2]
+
+    def in_pixels(self, points: Tensor) -> Tensor:
+        """Scale points (B, Q, M, 2), in [0, 1] inside the valid image, to pixels of this map; float32."""
+        return points.float() * self.valid_size.flip(-1)[:, None, None]
+
+
+@dataclass
+class ImageTarget:
+    """The ground truth of one image with n boxes.
+
+    Attributes:
+        labels: (n,) int64 in [0, K).
+        boxes: (n, 4) float32, normalised (cx, cy, w, h).
+    """
+
+    labels: Tensor
+    boxes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class DenoisingTargets:
+    """What the denoising queries of a batch have to predict; they need no matching.
+
+    Attributes:
+        labels: (B, Q_dn) int64, the class of each of Q_dn denoising queries; arbitrary where ``valid`` is False.
+        boxes: (B, Q_dn, 4), normalised (cx, cy, w, h).
+        valid: (B, Q_dn) bool, False for slots that only pad an image with fewer boxes than another.
+        num_valid: number of valid slots as a Python int; reading it does not synchronise with the GPU.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    valid: Tensor
+    num_valid: int
+
+
+@dataclass
+class QueryBatch:
+    """The decoder's queries: the matching queries first, then the denoising queries, if there are any.
+
+    Attributes:
+        content: (B, Q, C) content vectors.
+        reference_logits: (B, Q, 4); their sigmoid is the reference box.
+        attention_mask: bool, broadcastable to (B, M, Q, Q), True where query i may attend to query j in
+            self-attention; None if every query may attend to every other.
+        denoising: targets of the last queries; None if there are no denoising queries.
+    """
+
+    content: Tensor
+    reference_logits: Tensor
+    attention_mask: Tensor | None = None
+    denoising: DenoisingTargets | None = None
+
+
+@dataclass
+class AlignedQuery:
+    """What the Semantics Aligner hands to the cross-attention.
+
+    Attributes:
+        content: (B, Q, M, C), the content query of each head.
+        position: (B, Q, M, C), the position query of each head.
+        keypoints: (B, Q, M, 2), the point (x, y) of each head, in [0, 1] inside the valid image.
+        gaussian_scales: (B, Q, M, 2), raw scales (sx, sy) of each head's Gaussian; None if the cross-attention has none.
+    """
+
+    content: Tensor
+    position: Tensor
+    keypoints: Tensor
+    gaussian_scales: Tensor | None = None
+
+
+@dataclass
+class Predictions:
+    """What every decoder layer predicts, in the order of the queries.
+
+    Attributes:
+        logits: (L, B, Q, K) float32 class logits.
+        boxes: (L, B, Q, 4) float32, normalised (cx, cy, w, h).
+    """
+
+    logits: Tensor
+    boxes: Tensor
+
+    def of_queries(self, queries: slice) -> "Predictions":
+        """Return the predictions of some of the queries."""
+        return Predictions(self.logits[:, :, queries], self.boxes[:, :, queries])

@@ -1,0 +1,58 @@
+"""Split work into blocks whose intermediate results stay small, and accumulate over them without losing precision."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["accumulate_product_", "blocks", "resized_blocks", "zeros_to_accumulate"]
+
+# Number of elements of a block's largest intermediate matrix: on a CPU it fits the cache, on a GPU it occupies all cores.
+_ELEMENTS = {"cpu": 2**21}
+_ELEMENTS_ELSEWHERE = 2**26
+
+
+def blocks(images: int, rows: int, row_elements: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Split (images, rows) into blocks whose largest intermediate matrix stays small.
+
+    Args:
+        images: number of images.
+        rows: number of rows (for example queries) per image.
+        row_elements: number of elements of the intermediate matrix per row.
+        device: where the matrix is computed.
+
+    Yields:
+        A slice of images and a slice of rows: either several whole images, or some rows of one image.
+    """
+    elements = _ELEMENTS.get(device.type, _ELEMENTS_ELSEWHERE)
+    images_per_block = max(1, elements // max(rows * row_elements, 1))
+    rows_per_block = max(1, rows if images_per_block > 1 else elements // row_elements)
+    for image in range(0, images, images_per_block):
+        for row in range(0, rows, rows_per_block):
+            yield slice(image, image + images_per_block), slice(row, row + rows_per_block)
+
+
+@contextlib.contextmanager
+def resized_blocks(elements: int, device_type: str = "cpu") -> Iterator[None]:
+    """Use blocks of at most ``elements`` elements on a type of device inside this context (for tests and measurements)."""
+    before = _ELEMENTS.get(device_type, _ELEMENTS_ELSEWHERE)
+    _ELEMENTS[device_type] = elements
+    try:
+        yield
+    finally:
+        _ELEMENTS[device_type] = before
+
+
+def zeros_to_accumulate(like: Tensor) -> Tensor:
+    """Return contiguous zeros in float32 or better: a sum over many blocks exceeds what lower precision can hold."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def accumulate_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add the batched product a @ b, (B, I, J) @ (B, J, K), to ``total`` in place; ``total`` may be of higher precision."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += a @ b
