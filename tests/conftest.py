@@ -1,5 +1,6 @@
-"""Fixtures shared by the tests: small configs, small models, small datasets; nothing is downloaded."""
+"""Fixtures that tests share: seeds, a small dataset, the checkpoint of a short run. Nothing is downloaded."""
 
+import importlib
 import json
 import os
 import sys
@@ -8,69 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
-
-import samdetr
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # train_net
+# Also for scripts that run in another folder, so that the embedded dataset is written once.
+os.environ.setdefault("DETECTRON2_DATASETS", str(ROOT / "datasets"))
+# Several workers (pytest -n) share the cores.
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
     np.random.seed(0)
-
-
-def load_config(name, *options):
-    """The config ``configs/NAME.yaml`` on the CPU, with KEY, VALUE options."""
-    cfg = get_cfg()
-    samdetr.add_samdetr_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs" / f"{name}.yaml"))
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *options])
-    return cfg
-
-
-TINY = [
-    *("MODEL.SAMDETR.HIDDEN_DIM", 32, "MODEL.SAMDETR.NUM_HEADS", 4, "MODEL.SAMDETR.NUM_QUERIES", 12),
-    *("MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 8, "MODEL.SAMDETR.ENCODER.NUM_LAYERS", 1),
-    *("MODEL.SAMDETR.ENCODER.FEEDFORWARD_DIM", 48, "MODEL.SAMDETR.DECODER.NUM_LAYERS", 3),
-    *("MODEL.SAMDETR.DECODER.FEEDFORWARD_DIM", 48, "MODEL.SAMDETR.ALIGNER.KEYPOINT_HIDDEN_DIMS", [16, 16]),
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 8),
-]
-SMCA = ["MODEL.SAMDETR.CROSS_ATTENTION.NAME", "SMCACrossAttention"]
-PLAIN = ["MODEL.SAMDETR.CROSS_ATTENTION.NAME", "CrossAttention"]
-DN = ["MODEL.SAMDETR.QUERY_GENERATOR.NAME", "DenoisingQueryGenerator"]
-MULTI_SCALE = [
-    *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"], "MODEL.SAMDETR.IN_FEATURES", ["res3", "res4", "res5"]),
-    *("MODEL.SAMDETR.ENCODER.NAME", "DeformableTransformerEncoder"),
-]
-
-
-def tiny_config(*options):
-    """A model of a few thousand parameters for ten classes, single-scale with SMCA unless options say otherwise."""
-    return load_config("sam_detr_digits", *TINY, *options)
-
-
-def tiny_model(*options):
-    """The model of :func:`tiny_config`, with weights that make its outputs differ from query to query."""
-    model = build_model(tiny_config(*options))
-    with torch.no_grad():
-        for head in model.decoder.box_heads:
-            torch.nn.init.normal_(head.layers[-1].weight, std=0.05)
-    return model
-
-
-def make_input(height, width, boxes=(), labels=(), seed=0, **extra):
-    """One image in detectron2's input format; boxes are (x0, y0, x1, y1) in pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    instances = Instances((height, width))
-    instances.gt_boxes = Boxes(torch.tensor(list(boxes), dtype=torch.float32).reshape(-1, 4))
-    instances.gt_classes = torch.tensor(list(labels), dtype=torch.long)
-    image = 255 * torch.rand(3, height, width, generator=generator)
-    return {"image": image, "height": height, "width": width, "instances": instances, **extra}
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +66,51 @@ def shapes_dataset(shapes_root):
     return "shapes"
 
 
-def subprocess_environment():
-    """Environment of a process that uses this tree's package and two threads at most."""
-    paths = [str(ROOT / "projects" / "SAMDETR"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """The folder of a short run on the embedded dataset, and what it printed; every test that needs a run shares it."""
+    from processes import alone, train_net
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the folder of all workers
+    folder, printed = shared / "trained" / "run", shared / "trained.txt"
+    with alone(shared / "trained.lock"):
+        if not printed.exists():
+            result = train_net("OUTPUT_DIR", folder)
+            assert result.returncode == 0, result.stderr[-3000:]
+            printed.write_text(result.stdout + result.stderr)
+    return folder, printed.read_text()
+
+
+@pytest.fixture
+def run_folder(trained_run):
+    """The folder of a short run. Tests must not change what is in it."""
+    return trained_run[0]
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Run a tool in this process; returns its exit status (or message), and what it printed."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        common, module = importlib.import_module("common"), importlib.import_module(name)
+        with pytest.raises(SystemExit) as ended:
+            common.run(module.main)
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of three images, one of them in a folder below."""
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    for i, name in enumerate(("one.png", "two.jpg", "below/one.png")):
+        pixels = np.random.RandomState(i).randint(0, 255, (100 + i, 120, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder

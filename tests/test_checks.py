@@ -3,51 +3,13 @@
 import json
 
 import pytest
-import torch
-from conftest import ROOT, load_config, tiny_config, tiny_model
-from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
-import samdetr
-from samdetr.checks import _check_same_classes, check_config, check_loaded, check_weights_file, merge_options
+from helpers import load_experiment, tiny_config
+from samdetr.checks import _check_same_classes, check_config
+from samdetr.data import register_coco_format
 from samdetr.errors import UserError
-
-
-def new_config():
-    cfg = get_cfg()
-    samdetr.add_samdetr_config(cfg)
-    return cfg
-
-
-DIGITS = str(ROOT / "configs" / "sam_detr_digits.yaml")
-
-
-@pytest.mark.parametrize(
-    ("config_file", "options", "message"),
-    [
-        ("nowhere.yaml", [], r"--config-file nowhere\.yaml: there is no such file"),
-        (
-            DIGITS,
-            ["MODEL.SAMDETR.NUM_QUERY", "5"],
-            r"no config key MODEL\.SAMDETR\.NUM_QUERY.*'MODEL\.SAMDETR\.NUM_QUERIES'",
-        ),
-        (DIGITS, ["MODEL.SAMDETR.NUM_QUERIES"], "pairs KEY VALUE"),
-        (DIGITS, ["MODEL.SAMDETR.NUM_QUERIES", "many"], r"NUM_QUERIES"),
-    ],
-)
-def test_config_files_and_options(config_file, options, message):
-    with pytest.raises(UserError, match=message):
-        merge_options(new_config(), config_file, options)
-
-
-def test_a_key_that_does_not_exist_in_a_file(tmp_path):
-    path = tmp_path / "typo.yaml"
-    path.write_text(f'_BASE_: "{DIGITS}"\nMODEL:\n  SAMDETR:\n    ALIGNER:\n      POOL_SIZE: 3\n')
-    with pytest.raises(
-        UserError, match=r"typo\.yaml: there is no config key MODEL\.SAMDETR\.ALIGNER\.POOL_SIZE.*POOLED_SIZE"
-    ):
-        merge_options(new_config(), str(path), [])
 
 
 @pytest.mark.parametrize(
@@ -64,6 +26,9 @@ def test_a_key_that_does_not_exist_in_a_file(tmp_path):
         (["MODEL.SAMDETR.QUERY_GENERATOR.NAME", "X"], r"QUERY_GENERATOR\.NAME is 'X'.*DenoisingQueryGenerator"),
         (["MODEL.SAMDETR.NUM_HEADS", 5], r"HIDDEN_DIM \(32\) is not divisible by MODEL\.SAMDETR\.NUM_HEADS \(5\)"),
         (["MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 7], r"HIDDEN_DIM \(32\) is not divisible by .*NUM_GROUPS \(7\)"),
+        (["MODEL.SAMDETR.ALIGNER.REDUCTION", 5], r"HIDDEN_DIM \(32\) is not divisible by .*ALIGNER\.REDUCTION \(5\)"),
+        (["MODEL.SAMDETR.ALIGNER.NUM_KEYPOINTS", 3], r"NUM_HEADS \(4\) is not divisible by .*NUM_KEYPOINTS \(3\)"),
+        (["MODEL.SAMDETR.HIDDEN_DIM", 34, "MODEL.SAMDETR.NUM_HEADS", 2], r"HIDDEN_DIM"),
         (["MODEL.SAMDETR.NUM_QUERIES", 0], r"NUM_QUERIES is 0: it must be at least 1"),
         (["MODEL.SAMDETR.ALIGNER.NUM_KEYPOINTS", -1], r"NUM_KEYPOINTS is -1: it must be at least 0"),
         (["MODEL.SAMDETR.CROSS_ATTENTION.NUM_POINTS", 0], r"CROSS_ATTENTION\.NUM_POINTS is 0"),
@@ -99,8 +64,10 @@ def test_datasets_must_agree_on_their_classes(shapes_root, tmp_path):
     entries = [["in_order", str(shapes_root / "annotations.json"), str(shapes_root)]]
     entries += [["swapped", str(tmp_path / "swapped.json"), str(shapes_root)]]
     options = ["DATASETS.COCO_FORMAT", entries, "DATASETS.TRAIN", ("in_order",), "DATASETS.TEST", ("swapped",)]
+    cfg = tiny_config(*options, "MODEL.SAMDETR.NUM_CLASSES", 2)
+    register_coco_format(cfg)
     with pytest.raises(UserError, match=r"'in_order' and 'swapped' have different classes.*number 0 is 'green'.*'red'"):
-        check_config(tiny_config(*options, "MODEL.SAMDETR.NUM_CLASSES", 2), training=True)
+        check_config(cfg, training=True)
 
 
 def test_datasets_with_other_numbers_of_classes_are_named():
@@ -115,19 +82,23 @@ def test_datasets_with_other_numbers_of_classes_are_named():
     ("config", "key"), [("faster_rcnn", "MODEL.ROI_HEADS.NUM_CLASSES"), ("fcos", "MODEL.RETINANET.NUM_CLASSES")]
 )
 def test_detectron2s_detectors_need_the_datasets_number_of_classes(config, key):
-    check_config(load_config(f"experiments/{config}"), training=True)
+    check_config(load_experiment(config), training=True)
     with pytest.raises(UserError, match=rf"{key} is 7, but 'digits_train' .*set {key} 10"):
-        check_config(load_config(f"experiments/{config}", key, 7), training=True)
+        check_config(load_experiment(config, key, 7), training=True)
 
 
-@pytest.mark.parametrize("config", ["faster_rcnn", "cascade_rcnn", "retinanet", "fcos"])
-def test_detectron2s_detectors_can_be_tuned_to_other_classes(config):
-    key = "ROI_HEADS" if "rcnn" in config else "RETINANET"
-    trained = build_model(load_config(f"experiments/{config}"))
-    model = build_model(load_config(f"experiments/{config}", f"MODEL.{key}.NUM_CLASSES", 3))
-    check_loaded("a.pth", model, trained.state_dict(), complete=False)
-    with pytest.raises(UserError, match="another architecture"):
-        check_loaded("a.pth", model, trained.state_dict(), complete=True)
+def test_checks_register_and_change_nothing(shapes_root):
+    """Not even the classes of a dataset that is known only by its annotation file."""
+    register_coco_instances("unnamed", {}, str(shapes_root / "annotations.json"), str(shapes_root))
+    entry = ["unregistered", str(shapes_root / "annotations.json"), str(shapes_root)]
+    cfg = tiny_config("DATASETS.TRAIN", ("unnamed",), "DATASETS.TEST", (), "DATASETS.COCO_FORMAT", [entry])
+    before = cfg.dump(), DatasetCatalog.list(), MetadataCatalog.get("unnamed").as_dict()
+    with pytest.raises(UserError, match=r"NUM_CLASSES is 10, but 'unnamed' .*2 classes \(green, red\)"):
+        check_config(cfg, training=True)
+    cfg.MODEL.SAMDETR.NUM_CLASSES = 2
+    check_config(cfg, training=True)
+    cfg.MODEL.SAMDETR.NUM_CLASSES = 10
+    assert before == (cfg.dump(), DatasetCatalog.list(), MetadataCatalog.get("unnamed").as_dict())
 
 
 def test_precision_is_checked_for_evaluation_too():
@@ -138,39 +109,3 @@ def test_precision_is_checked_for_evaluation_too():
 def test_a_good_config_passes():
     check_config(tiny_config(), training=True)
     check_config(tiny_config("DATASETS.TRAIN", ("no such dataset",)), training=False)
-
-
-def test_damaged_checkpoints(tmp_path):
-    path = tmp_path / "model.pth"
-    torch.save({"model": tiny_model().state_dict()}, path)
-    check_weights_file(str(path))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"model\.pth is truncated, damaged or not a checkpoint"):
-        check_weights_file(str(path))
-    path.write_text("this is not a checkpoint")
-    with pytest.raises(UserError, match=r"model\.pth is truncated, damaged or not a checkpoint") as caught:
-        check_weights_file(str(path))
-    assert "\n" not in str(caught.value)
-
-
-def test_checkpoints_with_other_objects_say_how_to_go_on(tmp_path):
-    path = tmp_path / "model.pth"
-    torch.save({"model": {}, "args": UserError("an object")}, path)
-    with pytest.raises(UserError, match=r"holds Python objects.*weights_only=False.*\"model\" entry"):
-        check_weights_file(str(path))
-
-
-def test_checkpoints_of_another_architecture():
-    model = tiny_model()
-    other = tiny_model("MODEL.SAMDETR.HIDDEN_DIM", 16).state_dict()
-    with pytest.raises(UserError, match="of another architecture"):  # its backbone fits, the rest does not
-        check_loaded("w.pth", model, other, complete=False)
-    with pytest.raises(UserError, match=r"beside tensors it has the entries state_dict, epoch.*convert_checkpoint"):
-        check_loaded("w.pth", model, {"state_dict": {}, "epoch": 1}, complete=False)
-    with pytest.raises(UserError, match=r"w\.pth is of another architecture.*of shape .* has shape"):
-        check_loaded("w.pth", model, other, complete=True)
-    with pytest.raises(UserError, match=r"w\.pth has no parameter that fits.*'foo'"):
-        check_loaded("w.pth", model, {"foo": torch.zeros(1)}, complete=False)
-    check_loaded("w.pth", model, model.state_dict(), complete=True)
-    check_loaded("w.pth", model, model.backbone.state_dict(prefix="backbone."), complete=False)

@@ -6,14 +6,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import DN, MULTI_SCALE, ROOT, SMCA, tiny_config, tiny_model
 
+from helpers import DN, MULTI_SCALE, ROOT, SMCA, tiny_config, tiny_model
 from samdetr.export import ExportableModel, describe, export
 from samdetr.predictor import Predictor
 
-sys.path.insert(0, str(ROOT / "tools"))
-
 ONE_LAYER = ["MODEL.SAMDETR.DECODER.NUM_LAYERS", 1]  # the graph's size decides how long exporting takes
+
+
 FAMILIES = {"single-scale": [*SMCA, *ONE_LAYER], "multi-scale": [*SMCA, *MULTI_SCALE, *DN]}
 
 

@@ -1,16 +1,18 @@
 """samdetr.predictor: a checkpoint alone suffices, and every kind of image gives the same detections."""
 
 import logging
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
 from PIL import Image
 
 import samdetr
-from samdetr.checkpoint import CheckedCheckpointer
-from samdetr.predictor import list_images, read_image, self_description
+from helpers import tiny_config, tiny_model
+from samdetr.checkpoint import CheckedCheckpointer, describe_run
+from samdetr.errors import UserError
+from samdetr.predictor import list_images, read_image
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     cfg = tiny_config("TEST.DETECTIONS_PER_IMAGE", 15, "INPUT.MIN_SIZE_TEST", 96, "INPUT.MAX_SIZE_TEST", 128)
     model = tiny_model().eval()
-    CheckedCheckpointer(model, str(folder), complete=False, description=self_description(cfg)).save("model_final")
+    CheckedCheckpointer(model, str(folder), complete=False, description=describe_run(cfg)).save("model_final")
     return folder / "model_final.pth", model, cfg
 
 
@@ -43,6 +45,19 @@ def test_a_checkpoint_is_all_that_is_needed(checkpoint):
     found = predictor(image)
     assert len(found) == 15 and found.image_size == (64, 128)
     assert torch.equal(found.scores, expected[0]["instances"].scores[:15])
+
+
+def test_the_file_is_opened_once(checkpoint):
+    opened, active = [], [True]  # an audit hook cannot be removed, only switched off
+
+    def hook(event, arguments):
+        if event == "open" and active and str(arguments[0]) == str(checkpoint[0]):
+            opened.append(arguments[0])
+
+    sys.addaudithook(hook)
+    samdetr.load(checkpoint[0], device="cpu")
+    active.clear()
+    assert len(opened) == 1
 
 
 def test_every_kind_of_image(checkpoint, tmp_path):
@@ -112,8 +127,9 @@ def test_files_that_are_no_images(tmp_path):
 def test_checkpoints_that_carry_nothing_need_a_config(checkpoint, tmp_path):
     path, model, cfg = checkpoint
     torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
-    with pytest.raises(ValueError, match=r"bare\.pth carries no config: name the one .*--config-file"):
+    with pytest.raises(UserError, match=r"bare\.pth carries no config: name the one that it was trained with") as error:
         samdetr.load(tmp_path / "bare.pth", device="cpu")
+    assert error.value.argument == "config_file"
     (tmp_path / "config.yaml").write_text(cfg.dump())
     names = [f"digit {i}" for i in range(10)]
     bare = samdetr.load(tmp_path / "bare.pth", config_file=tmp_path / "config.yaml", class_names=names, device="cpu")
@@ -163,7 +179,7 @@ def test_folders_and_missing_inputs(tmp_path):
         (tmp_path / name).write_text("")
     assert list_images([tmp_path], {".jpg", ".png"}) == [tmp_path / "b.JPG", tmp_path / "sub" / "a.png"]
     assert list_images([tmp_path / "notes.txt"], {".jpg"}) == [tmp_path / "notes.txt"]  # named, so meant
-    with pytest.raises(ValueError, match=r"--input .*nowhere: there is no such file or folder"):
+    with pytest.raises(ValueError, match=r"nowhere: there is no such file or folder"):
         list_images([tmp_path / "nowhere"], {".jpg"})
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: the folder holds no file that ends in \.jpg"):
@@ -171,7 +187,7 @@ def test_folders_and_missing_inputs(tmp_path):
 
 
 def test_devices_that_are_not_there(checkpoint):
-    with pytest.raises(ValueError, match=r"There is no device 'tpu9': use cpu or cuda \(--device"):
+    with pytest.raises(ValueError, match=r"There is no device 'tpu9': use cpu or cuda"):
         samdetr.load(checkpoint[0], device="tpu9")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device here"):

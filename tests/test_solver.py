@@ -1,12 +1,12 @@
-"""samdetr.solver: rates, decay, clipping."""
+"""samdetr.solver: learning rates, decay, clipping."""
 
 import copy
 
 import pytest
 import torch
-from conftest import load_config, tiny_config
 from detectron2.modeling import build_model
 
+from helpers import load_config, tiny_config
 from samdetr.solver import FullModelClippingAdamW, build_optimizer
 
 

@@ -3,43 +3,29 @@
 import json
 import pickle
 import re
+import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, subprocess_environment, tiny_model
 
-CONFIG = ["--config-file", str(ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml")]
-
-
-def train_net(*arguments):
-    command = [sys.executable, str(ROOT / "train_net.py"), *CONFIG, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=subprocess_environment(), timeout=300)
+from helpers import tiny_model
+from processes import CONFIG, Script, train_net
 
 
 def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
-def ap_of(result):
+def ap_of(printed):
     """The last AP that a run printed."""
-    return re.findall(r"copypaste: ([\d.]+|nan),", result.stdout + result.stderr)[-1]
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    result = train_net("OUTPUT_DIR", folder)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return folder, result
+    return re.findall(r"copypaste: ([\d.]+|nan),", printed)[-1]
 
 
 @pytest.mark.slow
-def test_training_writes_checkpoints_metrics_and_logs(finished_run):
-    folder, result = finished_run
+def test_training_writes_checkpoints_metrics_and_logs(trained_run):
+    folder, printed = trained_run
     names = {path.name for path in folder.iterdir()}
     assert {"model_0000002.pth", "model_final.pth", "model_best.pth", "config.yaml", "log.txt"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
@@ -48,18 +34,18 @@ def test_training_writes_checkpoints_metrics_and_logs(finished_run):
     assert metrics[5]["total_loss"] > 0
     # After the third step, and after the sixth and last, which detectron2 counts as iteration 6.
     assert "bbox/AP" in metrics[2] and "bbox/AP" in metrics[6]
-    assert "eta: " in result.stdout + result.stderr
+    assert "eta: " in printed
     best = torch.load(folder / "model_best.pth", weights_only=True)
     assert set(best) == {"model", "iteration", "metric", "config", "class_names", "category_ids"}
     assert metrics[5]["epoch"] == pytest.approx(6 * 4 / 2000)  # six steps of four of the 2000 images
 
 
 @pytest.mark.slow
-def test_eval_only_gives_the_reported_ap(finished_run, tmp_path):
-    folder, trained = finished_run
+def test_eval_only_gives_the_reported_ap(trained_run, tmp_path):
+    folder, printed = trained_run
     evaluated = train_net("--eval-only", "MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
-    assert ap_of(evaluated) == ap_of(trained)
+    assert ap_of(evaluated.stdout + evaluated.stderr) == ap_of(printed)
     written = [folder / "evaluation.json", tmp_path / "evaluation_model_final.json"]
     results = [json.loads(path.read_text())["results"]["bbox"] for path in written]
     assert results[0] == pytest.approx(results[1], abs=0, nan_ok=True)
@@ -68,8 +54,8 @@ def test_eval_only_gives_the_reported_ap(finished_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluation_leaves_what_the_run_has_written(finished_run):
-    folder, _ = finished_run
+def test_evaluation_leaves_what_the_run_has_written(trained_run, tmp_path):
+    folder = shutil.copytree(trained_run[0], tmp_path / "run")
     before = {name: (folder / name).read_text() for name in ("config.yaml", "evaluation.json")}
     options = ["--eval-only", "MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", folder]
     result = train_net(*options, "SOLVER.AMP.ENABLED", True)
@@ -82,7 +68,7 @@ def test_evaluation_leaves_what_the_run_has_written(finished_run):
 
 
 @pytest.mark.slow
-def test_resume_goes_on_where_training_stopped(finished_run, tmp_path):
+def test_resume_goes_on_where_training_stopped(trained_run, tmp_path):
     """A run stopped after three of six steps and resumed makes the remaining steps, and keeps its first metrics."""
     first = train_net("OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 3)
     assert first.returncode == 0, first.stderr[-3000:]
@@ -105,16 +91,12 @@ def test_a_killed_run_resumed_ends_as_one_that_was_not(tmp_path):
     options += ["DATASETS.TEST", "()", "SOLVER.EMA.ENABLED", True]
     whole = train_net("OUTPUT_DIR", tmp_path / "whole", *options)
     assert whole.returncode == 0, whole.stderr[-3000:]
-    command = [sys.executable, str(ROOT / "train_net.py"), *CONFIG, "OUTPUT_DIR", str(tmp_path / "killed")]
-    command += list(map(str, options))
-    process = subprocess.Popen(
-        command, env=subprocess_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    script = Script("train_net.py", *CONFIG, "OUTPUT_DIR", tmp_path / "killed", *options)
     while not (tmp_path / "killed" / "model_0000005.pth").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert script.process.exitcode is None, "the run ended before it could be killed"
         time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    script.process.kill()
+    assert script.wait().returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "model_final.pth").exists()
     resumed = train_net("--resume", "OUTPUT_DIR", tmp_path / "killed", *options)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
@@ -168,8 +150,8 @@ def test_evaluating_without_weights_warns_loudly(tmp_path):
 
 
 @pytest.mark.slow
-def test_earlier_checkpoints_are_not_overwritten(finished_run):
-    folder, _ = finished_run
+def test_earlier_checkpoints_are_not_overwritten(trained_run):
+    folder, _ = trained_run
     before = (folder / "model_final.pth").read_bytes()
     result = train_net("OUTPUT_DIR", folder)
     assert result.returncode == 1
@@ -193,8 +175,8 @@ def test_mistakes_end_in_one_line(arguments, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_checkpoint_of_another_architecture_is_refused(finished_run, tmp_path):
-    folder, _ = finished_run
+def test_checkpoint_of_another_architecture_is_refused(trained_run, tmp_path):
+    folder, _ = trained_run
     result = train_net(
         *("--eval-only", "MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path),
         *("MODEL.SAMDETR.NUM_QUERIES", 7),

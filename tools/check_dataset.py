@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Read a COCO-format dataset before hours are spent on it, and report what is wrong with it.
+"""Read a COCO-format dataset before you spend hours on it, and report what is wrong with it.
 
     tools/check_dataset.py annotations.json images/
     tools/check_dataset.py annotations.json images/ --no-images      # the JSON only
@@ -10,14 +10,16 @@ Exit status 1 if training would fail on it, 0 if it would not (there may be warn
 import argparse
 import json
 import math
-import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common import run
 from PIL import Image
 
-# What stops training; everything else is a warning: the loader drops or clips it, or it only makes results worse.
+from samdetr.errors import UserError
+
+# What stops training. Everything else is a warning: the loader drops or clips it, or it only makes results worse.
 FATAL = {
     "images missing",
     "images unreadable",
@@ -64,7 +66,7 @@ class Report:
 
 
 def check_annotations(data: dict, report: Report, evaluated_on: bool) -> None:
-    """Check what the JSON says of itself; evaluation needs more than training."""
+    """Check the annotation file by itself; evaluation needs more than training."""
     for kind, entries in (("image", "images"), ("annotation", "annotations"), ("category", "categories")):
         for entry_id, times in Counter(entry.get("id") for entry in data[entries]).items():
             if times > 1:
@@ -154,25 +156,25 @@ def check_dataset(
     Args:
         json_file, root: annotations in COCO's format, and the folder that ``file_name`` is relative to.
         read_images: whether to read the image files.
-        evaluated_on: whether the dataset must serve evaluation, too.
+        evaluated_on: whether the dataset must serve evaluation as well.
 
     Returns:
         The JSON's content and the report.
 
     Raises:
-        SystemExit: the file or folder is missing, or the file is no COCO-format JSON; says what and exits with 1.
+        UserError: the file or folder is missing, or the file is not COCO-format JSON.
     """
     if not json_file.is_file():
-        sys.exit(f"error: {json_file}: there is no such file.")
+        raise UserError(f"{json_file}: there is no such file.")
     if read_images and not root.is_dir():
-        sys.exit(f"error: {root}: there is no such folder.")
+        raise UserError(f"{root}: there is no such folder.")
     try:
         data = json.loads(json_file.read_text())
     except ValueError as error:
-        sys.exit(f"error: {json_file} is not JSON: {error}")
+        raise UserError(f"{json_file} is not JSON: {error}") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            sys.exit(f'error: {json_file} is not COCO\'s format: it has no list "{key}".')
+            raise UserError(f'{json_file} is not in COCO\'s format: it has no list "{key}".')
     report = Report()
     check_annotations(data, report, evaluated_on)
     if read_images:
@@ -184,12 +186,14 @@ def check_dataset(
     return data, report
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json_file", type=Path, help="annotations in COCO's format")
     parser.add_argument("images", type=Path, help="the folder that file_name is relative to")
     parser.add_argument("--no-images", action="store_true", help="do not read the image files")
-    parser.add_argument("--train-only", action="store_true", help="it will not be evaluated on, which needs more")
+    parser.add_argument(
+        "--train-only", action="store_true", help="it will not be used for evaluation, which needs more"
+    )
     arguments = parser.parse_args()
     data, report = check_dataset(
         arguments.json_file, arguments.images, not arguments.no_images, not arguments.train_only
@@ -202,9 +206,8 @@ def main() -> None:
     for line in report.lines():
         print(line)
     print(f"Set MODEL.SAMDETR.NUM_CLASSES {len(data['categories'])}.")
-    if report.fatal:
-        sys.exit(1)
+    return 1 if report.fatal else 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

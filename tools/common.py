@@ -1,4 +1,4 @@
-"""What the tools that use a trained model have in common: their options, their outputs, and how they end on a mistake."""
+"""What the tools have in common: options for a trained model, outputs, and how they end on a mistake."""
 
 import argparse
 import os
@@ -12,13 +12,16 @@ from samdetr.predictor import Predictor
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
-SCORE_THRESHOLD = 0.3  # focal loss gives lower scores than a softmax
+SCORE_THRESHOLD = 0.3  # low, because scores of focal loss are lower than a softmax's
+
+# Arguments of the package's functions for which every tool that uses them has an option of that name.
+_OPTIONS = ("class_names", "config_file", "device", "input", "output", "published", "size")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--weights", required=required, help="checkpoint; one of this project needs nothing else")
     parser.add_argument("--config-file", help="the config of a checkpoint that carries none")
-    parser.add_argument("--class-names", help="names, separated by commas, or a text file with one a line")
+    parser.add_argument("--class-names", help="names, separated by commas, or a text file with one name per line")
     parser.add_argument("--device", help="cpu or cuda; by default CUDA if there is any")
 
 
@@ -29,14 +32,14 @@ def read_class_names(text: str | None) -> list[str] | None:
         try:
             return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
         except UnicodeDecodeError as error:
-            raise UserError(f"--class-names {text} is not a text file ({error}).") from error
+            raise UserError(f"{text} is not a text file ({error}).", argument="class_names") from error
     if "," not in text and Path(text).suffix:
-        raise UserError(f"--class-names {text}: there is no such file.")
+        raise UserError(f"{text}: there is no such file.", argument="class_names")
     return [name.strip() for name in text.split(",")]
 
 
 def load_predictor(arguments: argparse.Namespace, weights: str | None = None) -> Predictor:
-    """The model of the common options; ``weights`` in place of ``--weights``."""
+    """Load the model that the common options name; ``weights`` replaces ``--weights``."""
     return samdetr.load(
         weights or arguments.weights,
         config_file=arguments.config_file,
@@ -46,30 +49,30 @@ def load_predictor(arguments: argparse.Namespace, weights: str | None = None) ->
 
 
 def output_folder(path: str) -> Path:
-    """``--output`` as a folder, made if need be; refused, before any work is done, if nothing can be written there."""
+    """Return ``--output`` as a folder, created if need be; refuse it, before any work is done, if it cannot be written to."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {path} cannot be made a folder ({error.strerror}).") from error
+        raise UserError(f"{path} cannot be created as a folder ({error.strerror}).", argument="output") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"--output {path}: nothing can be written there.")
+        raise UserError(f"{path}: nothing can be written there.", argument="output")
     return folder
 
 
 def output_file(path: str, suffixes: Iterable[str]) -> Path:
-    """``--output`` as a file with one of the suffixes in a folder that is made if need be; refused like a folder."""
+    """Return ``--output`` as a file with one of the suffixes, in a folder that is created if need be; or refuse it."""
     file = Path(path)
     if file.suffix.lower() not in suffixes:
-        raise UserError(f"--output {path}: name a file that ends in {' or '.join(suffixes)}.")
+        raise UserError(f"{path}: name a file that ends in {' or '.join(suffixes)}.", argument="output")
     if file.is_dir():
-        raise UserError(f"--output {path} is a folder; name a file.")
+        raise UserError(f"{path} is a folder; name a file.", argument="output")
     output_folder(str(file.parent))
     return file
 
 
 def drawing_names(files: list[Path], inputs: list[str], suffix_of: Callable[[Path], str]) -> dict[Path, Path]:
-    """For each file the name of its drawing, unique: its path below the folder that was named, with another suffix."""
+    """Return a unique name for the drawing of each file: its path below the named folder, with another suffix."""
     folders = [Path(path) for path in inputs if Path(path).is_dir()]
     taken: set[Path] = set()
     names = {}
@@ -85,9 +88,18 @@ def drawing_names(files: list[Path], inputs: list[str], suffix_of: Callable[[Pat
     return names
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Call a tool's main function; a user's mistake ends it with one line."""
+def run(main: Callable[[], int | None], **options: str) -> None:
+    """Call a tool's main function, and end with its status; a user's mistake ends in one line that names the option.
+
+    Args:
+        main: the function; it returns the exit status, or None.
+        options: names of options that differ from those of the package's arguments.
+    """
     try:
         sys.exit(main())
-    except (UserError, OSError) as error:
+    except UserError as error:
+        named = {**{name: f"--{name.replace('_', '-')}" for name in _OPTIONS}, **options}
+        option = f"{named[error.argument]}: " if error.argument in named else ""
+        sys.exit(f"error: {option}{error}")
+    except OSError as error:
         sys.exit(f"error: {error}")

@@ -59,7 +59,7 @@ def main() -> None:
 Box AP on digits_val: {ap:.1f}, after {minutes:.1f} minutes of training and evaluation.
 
   {picture}            ground truth (left) and predictions (right)
-  {output}/metrics.json               losses and AP over the run, one JSON object a line
+  {output}/metrics.json               losses and AP over the run, one JSON object per line
   {output}/model_final.pth            the trained model
   {output}/model_best.pth             the weights of the best evaluation
   {output}/config.yaml, log.txt       the full config, the full log

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Export a trained model to ONNX or torch.export: plain operations, any batch, any image of 64 pixels a side or more.
+"""Export a trained model to ONNX or torch.export: plain operations, any batch, images of 64 pixels per side or more.
 
     tools/export_model.py --weights output/demo/model_final.pth --output model.onnx
     tools/export_model.py --weights output/demo/model_final.pth --output model.pt2
@@ -26,13 +26,13 @@ from samdetr.predictor import Predictor
 
 
 def largest_difference(predictor: Predictor, path: Path, size: tuple[int, int], batch: int) -> float:
-    """Between the file's outputs and the model's, for random images; boxes and classes where the scores decide."""
+    """Return the largest difference between the file's outputs and the model's, for random images."""
     images = 255 * torch.rand(batch, 3, *size)
     with torch.no_grad():
         boxes, scores, classes = (x.numpy() for x in ExportableModel(predictor.model)(images))
     found = open_model(path)[0](images.numpy())
     difference = float(np.abs(found["scores"] - scores).max())
-    # Where scores are equal up to rounding, their order is free: compare what has no neighbour that close.
+    # Where scores are equal up to rounding, their order is arbitrary: compare those without such a neighbour.
     gaps = np.abs(np.diff(scores, axis=1))
     apart = np.minimum(np.pad(gaps, ((0, 0), (1, 0)), constant_values=1), np.pad(gaps, ((0, 0), (0, 1)))) > 1e-6
     if not apart.any() or (found["classes"] != classes)[apart].any():
@@ -51,7 +51,7 @@ def main() -> None:
     arguments.device = "cpu"
     path = output_file(arguments.output, (".onnx", ".pt2"))
     if path.exists():
-        raise UserError(f"--output {path} exists already: remove it or name another file.")
+        raise UserError(f"{path} exists already: remove it or name another file.", argument="output")
     if path.suffix == ".onnx":
         require("onnx", "onnxscript", "onnxruntime")
     predictor = load_predictor(arguments)
@@ -74,7 +74,7 @@ def require(*packages: str) -> None:
 
 
 def other_sizes(size: tuple[int, int], divisibility: int) -> list[tuple[int, int]]:
-    """Three sizes other than the one that is traced: smaller, larger, and of another orientation."""
+    """Return three sizes other than the one that is traced: smaller, larger, and of another orientation."""
     divisor = max(32, divisibility)
     height, width = (-(-side // divisor) * divisor for side in size)
     smaller = max(2 * divisor, height // 2 // divisor * divisor)

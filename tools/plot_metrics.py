@@ -5,7 +5,7 @@
     tools/plot_metrics.py --input output/a output/b --names "8 heads" "4 heads" --output curves.svg
     tools/plot_metrics.py --input output/mine --published r50_smca_e12 --output curves.png
 
---published lays the authors' COCO curve of a model under one's own, by epoch.
+--published draws the authors' COCO curve of a model beside your own, by epoch.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from samdetr.visualization import draw_curves, published_names, read_metrics
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="RUN", help="OUTPUT_DIRs, or metrics.json files")
-    parser.add_argument("--names", nargs="+", help="what the legend calls the runs; by default their folders")
+    parser.add_argument("--names", nargs="+", help="names of the runs in the legend; by default their folders")
     parser.add_argument(
         "--published", nargs="+", default=[], metavar="NAME", help=f"of: {', '.join(published_names())}"
     )

@@ -7,7 +7,7 @@
         --output predictions
 
 The output folder gets a drawing of every input under its own name, and predictions.json, a list in the format of COCO's
-results: every detection, below the threshold too, with ``image_id`` (the file's number if all files are named by numbers,
+results: every detection, even below the threshold, with ``image_id`` (the file's number if all files are named by numbers,
 else 1, 2, ... in the order of the inputs), ``file_name``, ``category_id`` (the training dataset's own id), ``bbox`` (x, y,
 width, height in pixels), ``score``, and for videos ``frame``; of videos, only what is above the threshold. A file that
 cannot be read is reported, the others are done all the same, and the exit status is 1.
@@ -42,7 +42,7 @@ from samdetr.visualization import draw_detections
 
 
 def image_ids(files: list[Path]) -> dict[Path, int]:
-    """COCO names its files by their ids; other files are numbered."""
+    """Return the image id of each file: its name, if all files are named by numbers as COCO's are; else its position."""
     stems = [file.stem for file in files]
     if all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
         return {file: int(file.stem) for file in files}
@@ -50,7 +50,7 @@ def image_ids(files: list[Path]) -> dict[Path, int]:
 
 
 def as_coco(instances: Instances, predictor: Predictor, image_id: int, **extra) -> list[dict]:
-    """Detections as entries of COCO's results."""
+    """Turn detections into entries of COCO's results."""
     entries = instances_to_coco_json(instances, image_id)
     for entry in entries:
         entry["category_id"] = predictor.category_ids[entry["category_id"]]
@@ -59,7 +59,7 @@ def as_coco(instances: Instances, predictor: Predictor, image_id: int, **extra) 
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """The frames of a video, (H, W, 3) uint8, RGB."""
+    """Yield the frames of a video, (H, W, 3) uint8, RGB."""
     capture = cv2.VideoCapture(str(path))
     try:
         good, frame = capture.read()
@@ -73,14 +73,14 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
 
 
 class VideoWriter:
-    """Writes frames to an MP4 file of the source's rate; the first frame decides the size."""
+    """Write frames to an MP4 file at the rate of the source; the first frame determines the size."""
 
     def __init__(self, path: Path, rate: float):
         self.path, self.rate = path, rate
         self.writer = None
 
     def write(self, picture: np.ndarray) -> None:
-        height, width = (side // 2 * 2 for side in picture.shape[:2])  # the codec wants even sides
+        height, width = (side // 2 * 2 for side in picture.shape[:2])  # the codec needs even sides
         if self.writer is None:
             fourcc = cv2.VideoWriter_fourcc(*"mp4v")
             self.writer = cv2.VideoWriter(str(self.path), fourcc, self.rate, (width, height))
@@ -100,7 +100,7 @@ def drawing_suffix(file: Path) -> str:
 
 
 class Prediction:
-    """Goes through the inputs and keeps what was found."""
+    """Go through the inputs and keep what was found."""
 
     def __init__(self, predictor: Predictor, files: list[Path], names: dict[Path, Path], arguments: argparse.Namespace):
         self.predictor = predictor
@@ -129,7 +129,7 @@ class Prediction:
                 self.report(file, error)
 
     def run_images(self, files: list[Path]) -> None:
-        """Detect in a batch; if that fails, in each image alone, so that only the bad ones are left out."""
+        """Detect in a batch; if that fails, in each image by itself, so that only the bad ones are left out."""
         try:
             images = [read_image(file) for file in files]
             found = self.predictor(images, self.batch_size)
@@ -172,7 +172,7 @@ class Prediction:
             writer.close()
         if number < expected - 1:  # some containers count one too many
             raise UserError(
-                f"{file} breaks off after frame {number} of {expected:.0f}; the frames until there are done."
+                f"{file} breaks off after frame {number} of {expected:.0f}; the frames up to there are done."
             )
 
     def report(self, file: Path, error: Exception) -> None:
@@ -187,10 +187,10 @@ class Prediction:
 
 
 def files_and_names(arguments: argparse.Namespace, folder: Path) -> tuple[list[Path], dict[Path, Path]]:
-    """The files to predict in, and the names of their drawings, none of which is an input."""
+    """Return the input files, and the names of their drawings, none of which is an input."""
     files = list_images(arguments.input, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
     named = {Path(path).resolve() for path in arguments.input}
-    if folder.resolve() not in named:  # earlier drawings below an input folder are no inputs
+    if folder.resolve() not in named:  # earlier drawings below an input folder are not inputs
         files = [
             file for file in files if file.resolve() in named or not file.resolve().is_relative_to(folder.resolve())
         ]
@@ -198,7 +198,9 @@ def files_and_names(arguments: argparse.Namespace, folder: Path) -> tuple[list[P
     inputs = {file.resolve() for file in files}
     for name in names.values():
         if (folder / name).resolve() in inputs and not arguments.no_drawings:
-            raise UserError(f"--output {folder} would overwrite the input {folder / name}: name another folder.")
+            raise UserError(
+                f"{folder} would overwrite the input {folder / name}: name another folder.", argument="output"
+            )
     return files, names
 
 

@@ -5,7 +5,7 @@
     tools/report.py --input output/demo --weights output/demo/model_best.pth --max-images 500 --output report.html
 
 It evaluates the checkpoint (by default the run's model_final.pth) on the first of the run's DATASETS.TEST. The best and
-worst images are told by F1 at IoU 0.5, counting detections above --score-threshold.
+worst images are determined by F1 at IoU 0.5, counting detections above --score-threshold.
 """
 
 import argparse
@@ -14,24 +14,20 @@ import html
 import io
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from common import SCORE_THRESHOLD, add_model_arguments, load_predictor, output_file, run
-from detectron2.data import DatasetCatalog
-from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.structures import Instances
 from detectron2.utils.collect_env import collect_env_info
 from matplotlib.figure import Figure
 from PIL import Image
-from tqdm import tqdm
 
 from samdetr.checks import check_config
-from samdetr.data import build_test_loader, register_coco_format
+from samdetr.data import register_coco_format
+from samdetr.engine import evaluate_images
+from samdetr.engine.evaluation import ImageEvaluation
 from samdetr.errors import UserError
-from samdetr.layers import autocast
 from samdetr.predictor import Predictor
 from samdetr.visualization import draw_beside_truth, draw_curves, draw_pairs, read_metrics
 
@@ -48,89 +44,15 @@ pre { background: #f3f5f8; padding: 1em; overflow-x: auto; font-size: 12px; } su
 """
 
 
-@dataclass
-class Evaluation:
-    """COCO's evaluation of the detections, and what each image got.
-
-    Attributes:
-        results: detectron2's, in percent: "AP", "AP50", ..., "APl", and "AP-NAME" of every class.
-        precision: (T, R), by IoU threshold and recall, mean over classes.
-        quality: F1 of each image id, in [0, 1].
-    """
-
-    results: dict[str, float]
-    precision: np.ndarray
-    quality: dict[int, float]
-
-
-class KeepingEvaluator(COCOEvaluator):
-    """detectron2's, which keeps the precisions, too."""
-
-    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
-        self.coco_eval = coco_eval
-        return super()._derive_coco_results(coco_eval, iou_type, class_names)
-
-
-def evaluate(
-    predictor: Predictor, name: str, max_images: int | None, threshold: float
-) -> tuple[list[dict], dict[int, Instances], Evaluation]:
-    """Evaluate as ``--eval-only`` does.
-
-    Returns:
-        The dataset's records, the detections by image id, and the evaluation.
-    """
-    records = DatasetCatalog.get(name)[:max_images]
-    wanted, found = {record["image_id"] for record in records}, {}
-    evaluator = KeepingEvaluator(name, tasks=("bbox",), output_dir=None)
-    evaluator.reset()
-    progress = tqdm(total=len(records), unit="image")
-    for batch in build_test_loader(predictor.cfg, name):
-        if len(found) == len(wanted):
-            break
-        with torch.no_grad(), autocast(predictor.cfg, predictor.model.device):
-            outputs = predictor.model(batch)
-        pairs = [(i, o) for i, o in zip(batch, outputs) if i["image_id"] in wanted]
-        evaluator.process(*([part[i] for part in pairs] for i in (0, 1)))
-        found |= {inputs["image_id"]: output["instances"].to("cpu") for inputs, output in pairs}
-        progress.update(len(pairs))
-    progress.close()
-    if not any(len(instances) for instances in found.values()):
-        raise UserError("The model detects nothing at all: is it trained?")
-    results = evaluator.evaluate(img_ids=sorted(wanted))["bbox"]
-    precision = evaluator.coco_eval.eval["precision"][..., 0, -1]  # (T, R, K); -1: a class without boxes
-    has_boxes = (precision >= 0).all((0, 1))
-    by_recall = precision[..., has_boxes].mean(-1) if has_boxes.any() else np.zeros(precision.shape[:2])
-    quality = {record["image_id"]: f1(record, found[record["image_id"]], threshold) for record in records}
-    return records, found, Evaluation(results, by_recall, quality)
-
-
-def f1(record: dict, instances: Instances, threshold: float) -> float:
-    """F1 of one image at IoU 0.5: every box is found by at most one detection of its class, the best first."""
-    truth = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
-    confident = instances[instances.scores >= threshold]
-    if not truth and not len(confident):
-        return 1.0
-    corners = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in truth]
-    overlap = pairwise_iou(confident.pred_boxes, Boxes(torch.tensor(corners).reshape(-1, 4)))
-    labels = torch.tensor([a["category_id"] for a in truth], dtype=torch.long)
-    overlap = torch.where(confident.pred_classes[:, None] == labels, overlap, 0.0)
-    hits = 0
-    for row in overlap:
-        if len(row) and row.max() >= 0.5:
-            hits += 1
-            overlap[:, row.argmax()] = 0
-    return 2 * hits / (len(truth) + len(confident))
-
-
 def picture(array: np.ndarray) -> str:
-    """An image as an HTML element that carries its own data."""
+    """Return an image as an HTML element that carries its own data."""
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="JPEG", quality=85)
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def drawing(figure: Figure) -> str:
-    """A figure as an SVG element."""
+    """Return a figure as an SVG element."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
@@ -138,7 +60,7 @@ def drawing(figure: Figure) -> str:
     return f'<img src="data:image/svg+xml;base64,{encoded}">'
 
 
-def precision_recall(evaluation: Evaluation) -> Figure:
+def precision_recall(evaluation: ImageEvaluation) -> Figure:
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axis = figure.subplots()
     recall = np.linspace(0, 1, evaluation.precision.shape[1])
@@ -158,7 +80,7 @@ def number_boxes(stats: dict[str, float]) -> str:
     return "".join(f'<div class="number">{name}<b>{percent(value)}</b></div>' for name, value in stats.items())
 
 
-def class_table(names: list[str], evaluation: Evaluation, records: list[dict]) -> str:
+def class_table(names: list[str], evaluation: ImageEvaluation, records: list[dict]) -> str:
     counts = np.zeros(len(names), int)
     for record in records:
         for annotation in record.get("annotations", []):
@@ -179,9 +101,10 @@ def images(records: list[dict], found: dict[int, Instances], names: list[str], t
 
 
 def write_page(arguments: argparse.Namespace, predictor: Predictor, weights: Path) -> str:
-    """The page's HTML."""
+    """Evaluate, and return the page's HTML."""
     name = predictor.cfg.DATASETS.TEST[0]
-    records, found, evaluation = evaluate(predictor, name, arguments.max_images, arguments.score_threshold)
+    evaluation = evaluate_images(predictor.cfg, predictor.model, name, arguments.max_images, arguments.score_threshold)
+    records, found = evaluation.records, evaluation.detections
     stats = {key: evaluation.results[key] for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
     names = predictor.class_names
     ranked = sorted(records, key=lambda record: evaluation.quality[record["image_id"]])

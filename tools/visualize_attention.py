@@ -35,18 +35,18 @@ from samdetr.errors import UserError
 from samdetr.predictor import Predictor, list_images, read_image
 from samdetr.visualization import RecordedLayer, draw_attention, draw_head, draw_pairs, record_attention
 
-SAME_OBJECT = 0.3  # IoU from which two models' detections are of the same object
+SAME_OBJECT = 0.3  # IoU above which two models' detections are of the same object
 
 
 def look_at(predictor: Predictor, image: np.ndarray) -> tuple[Instances, list[RecordedLayer]]:
-    """Detections in an image, and what the decoder looked at."""
+    """Return the detections in an image, and what the decoder looked at."""
     with record_attention(predictor.model) as layers:
         instances = predictor(image)
     return instances, layers
 
 
 def choose(instances: Instances, arguments: argparse.Namespace) -> list[tuple[int, int | None]]:
-    """Queries to draw, each with the best of its detections."""
+    """Choose the queries to draw, each with the best of its detections."""
     first: dict[int, int] = {}
     for detection, query in enumerate(instances.query_indices.tolist()):
         first.setdefault(query, detection)
@@ -64,7 +64,7 @@ def describe(query: int, detection: int | None, instances: Instances, predictor:
 
 
 def same_object(instances: Instances, detection: int | None, others: Instances) -> int | None:
-    """The other model's detection of the same object: the largest overlap, of the same class if there is one."""
+    """Return the other model's detection of the same object: the largest overlap, of the same class if there is one."""
     if detection is None or not len(others):
         return None
     overlap = pairwise_iou(instances.pred_boxes[detection], others.pred_boxes)[0]
@@ -74,7 +74,7 @@ def same_object(instances: Instances, detection: int | None, others: Instances) 
 
 
 def draw_query(query, detection, looked, other, image, arguments, predictors) -> tuple[np.ndarray, str]:
-    """One query's sheet, with the other model's beside it, and what it shows."""
+    """Draw one query's sheet, with the other model's beside it; return it with its title."""
     instances, layers = looked
     title = describe(query, detection, instances, predictors[0])
     sheet = draw_attention(image, layers, query, title)
@@ -95,7 +95,7 @@ def of_equal_height(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np
 
 
 def draw_file(file: Path, name: Path, folder: Path, arguments: argparse.Namespace, predictors: list) -> None:
-    """All sheets of one image, named after ``name``."""
+    """Draw all sheets of one image, named after ``name``."""
     image = read_image(file)
     looked = look_at(predictors[0], image)
     other = look_at(predictors[1], image) if len(predictors) > 1 else None
@@ -123,7 +123,9 @@ def main() -> int:
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="images, or folders of images")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for the sheets")
     parser.add_argument("--queries", type=int, nargs="+", help="indices of the queries to draw")
-    parser.add_argument("--max-queries", type=int, default=4, help="most queries an image, without --queries")
+    parser.add_argument(
+        "--max-queries", type=int, default=4, help="maximum number of queries per image, without --queries"
+    )
     parser.add_argument("--score-threshold", type=float, default=SCORE_THRESHOLD, help="of the detections to draw")
     parser.add_argument("--separate", action="store_true", help="also one file for each layer and head")
     arguments = parser.parse_args()

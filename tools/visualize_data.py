@@ -5,8 +5,8 @@
     tools/visualize_data.py --config-file configs/sam_detr_pp_digits.yaml --num-images 6 --output output/data.png
     tools/visualize_data.py --weights output/demo/model_final.pth --output output/data.png
 
-Left: image and boxes. Right, if the config has the DN query generator: the first group's noisy boxes (dashed, with their
-perhaps wrong label) over the true ones (thin).
+Left: image and boxes. Right, if the config has the DN query generator: the noisy boxes of the first group (dashed,
+with their possibly wrong label) over the true ones (thin).
 """
 
 import argparse
@@ -18,30 +18,35 @@ from detectron2.data import MetadataCatalog
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from samdetr.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from samdetr.checks import check_config, merge_options
+from samdetr.checkpoint import Checkpoint
+from samdetr.checks import check_config
+from samdetr.config import load_config, merge_options
 from samdetr.data import build_train_loader, register_coco_format
 from samdetr.data.sampling import UnreadableImageError
 from samdetr.errors import UserError
-from samdetr.predictor import config_of
-from samdetr.query_generator import DenoisingQueryGenerator, build_query_generator
-from samdetr.structures import ImageTarget
+from samdetr.modeling.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from samdetr.modeling.query_generator import DenoisingQueryGenerator, build_query_generator
+from samdetr.modeling.structures import ImageTarget
 
 
 def read_config(arguments: argparse.Namespace):
-    source = arguments.config_file or arguments.weights
-    if source is None:
+    """Return the config that the options name, with its datasets registered."""
+    if arguments.config_file:
+        cfg = load_config(arguments.config_file)
+    elif arguments.weights:
+        cfg = Checkpoint.read(arguments.weights, name="--weights").config()
+    else:
+        cfg = None
+    if cfg is None:
         raise UserError("Name --config-file, or --weights of a checkpoint that carries its config.")
-    cfg = config_of(source)
-    merge_options(cfg, "", [*arguments.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
-    cfg.DATALOADER.NUM_WORKERS = 0
-    check_config(cfg, training=True)
+    merge_options(cfg, [*arguments.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0])
     register_coco_format(cfg)
+    check_config(cfg, training=True)
     return cfg
 
 
 def pixels(inputs: dict, cfg) -> np.ndarray:
-    """The image (H, W, 3) uint8, RGB."""
+    """Return the image (H, W, 3) uint8, RGB."""
     image = inputs["image"].permute(1, 2, 0).numpy()
     return image[..., ::-1] if cfg.INPUT.FORMAT == "BGR" else image
 

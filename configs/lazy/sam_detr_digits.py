@@ -3,8 +3,8 @@
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 
-from samdetr.backbone import make_mini_stages
-from samdetr.query_generator import LearnedQueryGenerator
+from samdetr.modeling.backbone import make_mini_stages
+from samdetr.modeling.query_generator import LearnedQueryGenerator
 
 from .common.coco import dataloader
 from .common.models import decoder_layer, model, use_smca

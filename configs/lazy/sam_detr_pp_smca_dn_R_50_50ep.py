@@ -1,5 +1,5 @@
-from .common.models import use_denoising
-from .sam_detr_pp_smca_R_50_50ep import dataloader, lr_multiplier, model, optimizer, train
+from .common.schedule import train_50_epochs
+from .sam_detr_pp_smca_dn_R_50_1x import dataloader, model, optimizer, train
 
-use_denoising(model)
+lr_multiplier = train_50_epochs(train)
 train.output_dir = "output/lazy/sam_detr_pp_smca_dn_R_50_50ep"

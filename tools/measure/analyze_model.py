@@ -1,20 +1,19 @@
 #!/usr/bin/env python
 """Count a model's parameters and multiply-adds, part by part, beside the paper's figures.
 
-    tools/analyze_model.py --config-file configs/sam_detr_smca_R_50_1x.yaml
-    tools/analyze_model.py --config-file configs/sam_detr_pp_R_50_1x.yaml --size 800 1066
-    tools/analyze_model.py --config-file configs/sam_detr_R_50_1x.yaml --num-images 100
-    tools/analyze_model.py --config-file configs/baselines/fcos_R_50_FPN_1x.yaml
-    tools/analyze_model.py --published docs/published_results.csv > table.md
+    tools/measure/analyze_model.py --config-file configs/sam_detr_smca_R_50_1x.yaml
+    tools/measure/analyze_model.py --config-file configs/sam_detr_pp_R_50_1x.yaml --size 800 1066
+    tools/measure/analyze_model.py --config-file configs/sam_detr_R_50_1x.yaml --num-images 100
+    tools/measure/analyze_model.py --config-file configs/baselines/fcos_R_50_FPN_1x.yaml
+    tools/measure/analyze_model.py --published docs/published_results.csv > table.md
 
---published makes a table of the paper's Table 1 with what is measured here beside it, for every row that a config here
-belongs to.
+--published prints the paper's Table 1 with what is measured here beside it, for every row that has a config here.
 
 Method: fvcore's FlopCountAnalysis of the evaluation model, one image; a fused multiply-add counts as one FLOP, as in the
-paper's and detectron2's tables. To what fvcore counts (convolutions, matrix products, norms, bilinear sampling) comes
-attention inside scaled_dot_product_attention. RoIAlign, which is matrix products here and which the published code's count
-leaves out (there it is a compiled op), has a row of its own. detectron2's detectors are counted without RoIAlign and NMS; a
-two-stage detector's second stage gets as many proposals as it takes at most (RPN.POST_NMS_TOPK_TEST).
+tables of the paper and of detectron2. Attention inside scaled_dot_product_attention is added to what fvcore counts
+(convolutions, matrix products, norms, bilinear sampling). RoIAlign has a row of its own: here it is matrix products, while
+the published code uses a compiled op, which its count leaves out. detectron2's detectors are counted without RoIAlign and
+NMS; the second stage of a two-stage detector gets the maximum number of proposals (RPN.POST_NMS_TOPK_TEST).
 """
 
 import argparse
@@ -27,7 +26,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.analysis import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
@@ -35,13 +33,17 @@ from tabulate import tabulate
 from torch import nn
 
 import samdetr
-from samdetr.checks import check_config, merge_options
-from samdetr.data import build_test_loader
+from samdetr.checks import check_config
+from samdetr.config import config_folder
+from samdetr.data import build_test_loader, register_coco_format
 from samdetr.errors import UserError
+from samdetr.modeling import semantics_aligner
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of common.py
+from common import run
 
 # Params (M) and GFLOPs of the paper's Table 1 (GFLOPs: means over COCO images), by family; the same with SMCA and DN.
 PAPER = {"R_50": (57, 107), "DC5": (57, 229), "pp": (55, 203)}
-ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
     "backbone": "backbone",
     "feature_projection": "input projections",
@@ -62,33 +64,33 @@ class ImageModel(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         predictions, _ = self.model.decode(image, [self.size], None)
-        return predictions["pred_logits"], predictions["pred_boxes"]
+        return predictions.logits, predictions.boxes
 
 
 def attention_flops(inputs: list, outputs: list) -> Counter:
-    """Multiply-adds of scaled_dot_product_attention: query times key, weights times value."""
+    """Count the multiply-adds of scaled_dot_product_attention: query times key, weights times value."""
     query, key, value = (get_shape(x) for x in inputs[:3])
     products = int(np.prod(query)) * key[-2] + int(np.prod(query[:-1])) * value[-2] * value[-1]
     return Counter({"attention": products})
 
 
 def matmul_flops(inputs: list, outputs: list) -> Counter:
-    """Multiply-adds of a matrix product, broadcast dimensions included (fvcore's own handler leaves those out)."""
+    """Count the multiply-adds of a matrix product, broadcast dimensions included (fvcore's handler leaves those out)."""
     return Counter({"matmul": int(np.prod(get_shape(outputs[0]))) * get_shape(inputs[0])[-1]})
 
 
 def pooled_zeros(features, rows, columns):
-    """In the place of RoIAlign, free of cost."""
+    """Replace RoIAlign, at no cost."""
     return features.new_zeros([int(n) for n in (*rows.shape[:3], columns.shape[2], features.shape[-1])])
 
 
 def sampled_zeros(features, rows, columns):
-    """In the place of RoIAlign followed by bilinear sampling, free of cost."""
+    """Replace RoIAlign followed by bilinear sampling, at no cost."""
     return features.new_zeros([int(n) for n in (*rows.shape[:2], features.shape[-1])])
 
 
 def analyze(model: nn.Module, inputs: tuple) -> Counter:
-    """Multiply-adds by module."""
+    """Count multiply-adds by module."""
     analysis = FlopCountAnalysis(model, inputs)
     analysis.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
     analysis.set_op_handle("aten::matmul", matmul_flops)
@@ -98,7 +100,7 @@ def analyze(model: nn.Module, inputs: tuple) -> Counter:
 
 @torch.no_grad()
 def propose_anchors(model: nn.Module) -> None:
-    """Let a two-stage detector's first stage propose its anchors, all of them good, so that the second gets its full number."""
+    """Let a two-stage detector's first stage propose its anchors, all of them, so that the second gets its full number."""
     first_stage = getattr(model, "proposal_generator", None)
     if first_stage is not None:
         for parameter in first_stage.rpn_head.anchor_deltas.parameters():
@@ -108,10 +110,10 @@ def propose_anchors(model: nn.Module) -> None:
 
 @torch.no_grad()
 def count_flops(model: nn.Module, height: int, width: int) -> Counter:
-    """Multiply-adds by part; ``total`` is all of it.
+    """Count multiply-adds by part; ``total`` is all of them.
 
     Args:
-        model: in evaluation mode; of a SAMDETR RoIAlign is counted by itself, too, under ``roi_align``.
+        model: in evaluation mode; of a SAMDETR, RoIAlign is also counted by itself, as ``roi_align``.
         height, width: of the image, in pixels.
     """
     if not isinstance(model, samdetr.SAMDETR):
@@ -124,7 +126,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> Counter:
     image = torch.zeros(1, 3, -(-height // divisor) * divisor, -(-width // divisor) * divisor, device=model.device)
     counted = []
     for replaced in ({}, {"roi_align": pooled_zeros, "sample_separably": sampled_zeros}):
-        with mock.patch.multiple(samdetr.semantics_aligner, **replaced) if replaced else contextlib.nullcontext():
+        with mock.patch.multiple(semantics_aligner, **replaced) if replaced else contextlib.nullcontext():
             counted.append(analyze(ImageModel(model, (height, width)), (image,)))
     modules, without_roi_align = counted
     prefix = "model.model."  # the tracing adapter's and this tool's wrapper
@@ -141,7 +143,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> Counter:
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(all, trainable) parameters by part; frozen norms' statistics are buffers and count in neither."""
+    """Count (all, trainable) parameters by part; the statistics of frozen norms are buffers and count in neither."""
 
     def of(module: nn.Module) -> tuple[int, int]:
         parameters = list(module.parameters())
@@ -158,7 +160,7 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def family_of(cfg) -> str | None:
-    """Which of the paper's rows a config of this project belongs to."""
+    """Return which of the paper's rows a config belongs to; None for none."""
     if cfg.MODEL.META_ARCHITECTURE != "SAMDETR" or cfg.MODEL.SAMDETR.ALIGNER.NAME != "SemanticsAligner":
         return None
     if cfg.MODEL.RESNETS.DEPTH != 50 or cfg.MODEL.SAMDETR.HIDDEN_DIM != 256 or cfg.MODEL.SAMDETR.NUM_CLASSES != 80:
@@ -168,7 +170,7 @@ def family_of(cfg) -> str | None:
     return "DC5" if cfg.MODEL.RESNETS.RES5_DILATION == 2 else "R_50"
 
 
-# Rows of the paper's Table 1, without their backbone's name, and the configs that stand for them here.
+# Rows of the paper's Table 1, without the name of their backbone, and the configs that correspond to them here.
 NAMES_HERE = {
     "SAM-DETR": "sam_detr{}",
     "SAM-DETR w/ SMCA": "sam_detr_smca{}",
@@ -190,7 +192,7 @@ NAMES_HERE = {
 
 
 def config_of_row(row: dict) -> Path | None:
-    """The config that stands for a row of the paper's Table 1, if there is one."""
+    """Return the config that corresponds to a row of the paper's Table 1; None if there is none."""
     method = row["method"]
     for backbone in ("-R50-FPN", "-R50-DC5", "-R50"):
         method = method.replace(backbone, "")
@@ -203,7 +205,7 @@ def config_of_row(row: dict) -> Path | None:
         kinds["R50"] = "_C4"
     if row["backbone"] == "R50-MS" and name.startswith("baselines") and ours:
         name = name.replace("{}", "_pp{}")
-    path = ROOT / "configs" / f"{name.format('_R_50' + kinds[row['backbone']])}_1x.yaml"
+    path = config_folder() / f"{name.format('_R_50' + kinds[row['backbone']])}_1x.yaml"
     return path if path.is_file() else None
 
 
@@ -214,12 +216,10 @@ def print_published(path: Path, size: tuple[int, int]) -> None:
         config = config_of_row(row)
         here = ["", "", "no config here", ""]
         if config is not None:
-            cfg = get_cfg()
-            samdetr.add_samdetr_config(cfg)
-            merge_options(cfg, str(config), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+            cfg = samdetr.load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
             model = build_model(cfg).eval()
             flops, parameters = count_flops(model, *size), count_parameters(model)["total"][0]
-            name = str(config.relative_to(ROOT / "configs").with_suffix(""))
+            name = str(config.relative_to(config_folder()).with_suffix(""))
             here = [f"{parameters / 1e6:.1f}", f"{flops['total'] / 1e9:.0f}", f"`{name}`", "not trained here"]
         paper = [
             row["params_M"],
@@ -239,9 +239,10 @@ def print_published(path: Path, size: tuple[int, int]) -> None:
 
 
 def image_sizes(arguments, cfg) -> list[tuple[int, int]]:
-    """Sizes (height, width) to average over."""
+    """Return the sizes (height, width) to average over."""
     if not arguments.num_images:
         return [tuple(arguments.size)]
+    register_coco_format(cfg)
     check_config(cfg, training=False)
     sizes = []
     for inputs in build_test_loader(cfg, cfg.DATASETS.TEST[0]):
@@ -268,15 +269,11 @@ def main() -> None:
         try:
             return print_published(arguments.published, tuple(arguments.size))
         except (OSError, KeyError) as error:
-            sys.exit(f"error: --published {arguments.published} is not the paper's table ({error})")
-    cfg = get_cfg()
-    samdetr.add_samdetr_config(cfg)
-    try:
-        merge_options(cfg, arguments.config_file, arguments.opts)
-        cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
-        sizes = image_sizes(arguments, cfg)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+            raise UserError(
+                f"{arguments.published} is not the paper's table ({error}).", argument="published"
+            ) from error
+    cfg = samdetr.load_config(arguments.config_file, [*arguments.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    sizes = image_sizes(arguments, cfg)
     model = build_model(cfg).eval()
     parameters = count_parameters(model)
     flops: Counter = Counter()
@@ -305,8 +302,8 @@ def main() -> None:
         )
     )
     where = f"{sizes[0][0]} x {sizes[0][1]}" if not arguments.num_images else f"mean over {len(sizes)} images"
-    print(f"\nGFLOPs: {where}; fvcore, a multiply-add counts once. The paper's are means over COCO images.")
+    print(f"\nGFLOPs: {where}; fvcore, a multiply-add counts once. Those of the paper are means over COCO images.")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

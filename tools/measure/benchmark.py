@@ -1,23 +1,23 @@
 #!/usr/bin/env python
 """Measure training steps and inference of configs, options or checkouts: time, peak memory, and ratios to the first.
 
-    tools/benchmark.py --config-file configs/sam_detr_smca_R_50_1x.yaml --task train inference --size 480 640 --batch 2
-    tools/benchmark.py --config-file configs/sam_detr_digits.yaml --variant plain \\
+    tools/measure/benchmark.py --config-file configs/sam_detr_smca_R_50_1x.yaml --task train inference --size 480 640 --batch 2
+    tools/measure/benchmark.py --config-file configs/sam_detr_digits.yaml --variant plain \\
         --variant "recomputing MODEL.SAMDETR.ACTIVATION_CHECKPOINTING True" --breakdown
-    tools/benchmark.py --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --size 480 640 --variant after \\
+    tools/measure/benchmark.py --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --size 480 640 --variant after \\
         --variant "before checkout=../old" --variant "faster_rcnn config=COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 
 A variant is a name, followed by config options, and by any of ``config=FILE`` (another config; a name in detectron2's model
-zoo will do), ``checkout=FOLDER`` (another checkout of this project: its code, and its file of the config's name),
+zoo will do), ``checkout=FOLDER`` (another checkout of this project, which measures itself, with its own code and configs),
 ``size=HEIGHTxWIDTH``, ``batch=N`` and ``boxes=N``.
 
 Tasks: ``train`` is a whole training step with the optimizer, ``gradients`` forward, loss and backward alone, ``inference``
 images to detections. All on random images with random boxes and random weights.
 
-Each measurement is a process of its own (so that peak memory is its own); the variants take turns, round by round, so that
-a machine that slows down slows all of them down. Memory is the peak resident size above that before the first step (CUDA:
-the peak that torch allocated). ``--breakdown`` profiles one more step and shares its time out among the model's parts; the
-backward pass counts where its forward pass was.
+Each measurement is a process of its own (so that its peak memory is its own). The variants take turns, round by round, so
+that a machine that slows down slows all of them down. Memory is the peak resident size above that before the first step
+(CUDA: the peak that torch allocated). ``--breakdown`` profiles one more step and divides its time among the model's parts;
+the backward pass counts where its forward pass was.
 """
 
 import argparse
@@ -31,46 +31,49 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torchvision
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
 import samdetr
-from samdetr.checks import merge_options
+from samdetr.config import find_config, number_of_classes
 from samdetr.engine.train_step import TrainStep
 from samdetr.errors import UserError
-from samdetr.solver import build_optimizer
+from samdetr.modeling import meta_arch
+from samdetr.solver import autocast, build_optimizer
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of common.py
+from common import run
+
+ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("train", "gradients", "inference")
 DTYPES = {"float32": None, "bfloat16": "bfloat16", "float16": "float16"}
 _PART = "part: "  # how the profiler's ranges of parts begin
 
 
 def read_config(config_file: str, options: list[str]):
-    """The config of a variant; a file that is not here is looked up in detectron2's model zoo."""
-    cfg = get_cfg()
-    samdetr.add_samdetr_config(cfg)
-    if not Path(config_file).exists():
+    """Load the config of a variant; a file that is not here is looked up in detectron2's model zoo."""
+    try:
+        return samdetr.load_config(config_file, options)
+    except UserError as error:
+        if error.argument != "config_file":
+            raise
         from detectron2 import model_zoo  # importing it warns about setuptools
 
         with contextlib.suppress(RuntimeError):
-            config_file = model_zoo.get_config_file(config_file)
-    merge_options(cfg, config_file, options)
-    return cfg
+            return samdetr.load_config(model_zoo.get_config_file(config_file), options)
+        raise
 
 
 class RandomBatches:
     """An endless loader of one batch of random images with random boxes."""
 
-    batch_sampler = SimpleNamespace(seed=0)
+    seed = 0
 
     def __init__(self, batch: int, size: tuple[int, int], num_boxes: int, num_classes: int):
         generator = torch.Generator().manual_seed(0)
@@ -90,16 +93,13 @@ class RandomBatches:
 
 
 def make_step(cfg, task: str, model: torch.nn.Module, loader: RandomBatches):
-    """A function of the iteration's number that does one step of the task."""
+    """Return a function of the iteration's number that does one step of the task."""
 
-    def mixed_precision():
-        amp, device = cfg.SOLVER.AMP, torch.device(cfg.MODEL.DEVICE)
-        return torch.autocast(device.type, dtype=getattr(torch, amp.PRECISION), enabled=amp.ENABLED)
-
+    device = torch.device(cfg.MODEL.DEVICE)
     if task == "inference":
 
         def infer(iteration: int) -> None:
-            with torch.no_grad(), mixed_precision():
+            with torch.no_grad(), autocast(cfg, device):
                 model(loader.batch)
 
         return infer
@@ -107,7 +107,7 @@ def make_step(cfg, task: str, model: torch.nn.Module, loader: RandomBatches):
 
         def differentiate(iteration: int) -> None:
             model.zero_grad()
-            with mixed_precision():
+            with autocast(cfg, device):
                 losses = model(loader.batch)
             sum(losses.values()).backward()
 
@@ -128,7 +128,7 @@ def make_step(cfg, task: str, model: torch.nn.Module, loader: RandomBatches):
 
 
 class Annotated:
-    """A callable that is no module, as a range in the profiler."""
+    """A callable that is not a module, as a range in the profiler."""
 
     def __init__(self, name: str, inner):
         self.name, self.inner = name, inner
@@ -143,7 +143,7 @@ class Annotated:
 
 @contextlib.contextmanager
 def annotated_parts(model: torch.nn.Module):
-    """Let the profiler see the model's parts: its children and, in a SAMDETR, what its decoder and its loss consist of."""
+    """Show the profiler the model's parts: its children and, in a SAMDETR, the parts of its decoder and of its loss."""
     modules = {name: [child] for name, child in model.named_children()}
     decoder = getattr(model, "decoder", None)
     for layer in getattr(decoder, "layers", ()):
@@ -153,7 +153,7 @@ def annotated_parts(model: torch.nn.Module):
     replaced = [(module, "forward", name) for name, group in modules.items() for module in group]
     if isinstance(model, samdetr.SAMDETR):
         replaced += [(model.criterion, "matcher", "matcher"), (model, "criterion", "loss")]
-        replaced += [(samdetr.meta_arch, "select_detections", "post-processing")]
+        replaced += [(meta_arch, "select_detections", "post-processing")]
     with contextlib.ExitStack() as stack:
         for owner, attribute, name in replaced:
             stack.enter_context(mock.patch.object(owner, attribute, Annotated(name, getattr(owner, attribute))))
@@ -161,12 +161,12 @@ def annotated_parts(model: torch.nn.Module):
 
 
 def breakdown(step, iteration: int, model: torch.nn.Module, cuda: bool) -> dict[str, float]:
-    """Seconds of one step by part, with profiling's overhead; what belongs to none is ``other``."""
+    """Return the seconds of one step by part, with the overhead of profiling; what belongs to no part is ``other``."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     with annotated_parts(model), torch.profiler.profile(activities=activities) as profile:
         step(iteration)
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
-    # Autograd numbers its nodes, in each thread, in the order of the operations that made them.
+    # Autograd numbers its nodes, per thread, in the order of the operations that made them.
     part_of_sequence: dict[tuple[int, int], str] = {}
 
     def part_of(event) -> str:
@@ -190,7 +190,7 @@ def breakdown(step, iteration: int, model: torch.nn.Module, cuda: bool) -> dict[
 
 
 def resident_kibibytes() -> float:
-    """What this process holds in memory; where that is not told, the most it has held."""
+    """Return the memory that this process holds or, where that is unknown, the most that it has held."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024
     except OSError:
@@ -210,9 +210,7 @@ def measure(
     torch.set_flush_denormal(True)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     model = build_model(cfg).train(task != "inference")
-    nodes = {"SAMDETR": "SAMDETR", "RetinaNet": "RETINANET", "build_fcos": "RETINANET"}
-    classes = cfg.MODEL[nodes.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")].NUM_CLASSES
-    step = make_step(cfg, task, model, RandomBatches(batch, size, boxes, classes))
+    step = make_step(cfg, task, model, RandomBatches(batch, size, boxes, number_of_classes(cfg)[1] or 1))
     start = resident_kibibytes()
     times = []
     with EventStorage():
@@ -233,7 +231,7 @@ def measure(
 
 
 def parse_variant(text: str, arguments: argparse.Namespace) -> dict:
-    """A variant as a dictionary: ``name``, ``config``, ``checkout``, ``size``, ``batch``, ``boxes``, ``options``."""
+    """Parse a variant into a dictionary: ``name``, ``config``, ``checkout``, ``size``, ``batch``, ``boxes``, ``options``."""
     name, *words = text.split()
     variant = {
         "name": name,
@@ -260,25 +258,34 @@ def parse_variant(text: str, arguments: argparse.Namespace) -> dict:
     if checkout:
         if not (Path(checkout) / "projects" / "SAMDETR" / "samdetr").is_dir():
             raise UserError(f"--variant {text!r}: {checkout} is not a checkout of this project.")
-        # The config of the same name there, be it given by an absolute path or not.
-        config = Path(variant["config"]).resolve()
-        there = Path(checkout, config.relative_to(ROOT)) if config.is_relative_to(ROOT) else None
-        if there is not None and there.is_file():
-            variant["config"] = str(there)
+        if own_benchmark(Path(checkout)) is None:
+            raise UserError(f"--variant {text!r}: {checkout} has no benchmark of its own to measure itself with.")
+        # The config of the same name in that checkout, given as a path or by its name.
+        with contextlib.suppress(UserError):
+            config = Path(find_config(variant["config"])).resolve()
+            there = Path(checkout, config.relative_to(ROOT)) if config.is_relative_to(ROOT) else config
+            variant["config"] = str(there if there.is_file() else config)
     variant["options"] += ["MODEL.DEVICE", arguments.device]
     if DTYPES[arguments.precision]:
         variant["options"] += ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", DTYPES[arguments.precision]]
     return variant
 
 
+def own_benchmark(checkout: Path) -> Path | None:
+    """Return the benchmark script of a checkout, of this or of an older layout; None if it has none."""
+    places = (checkout / "tools" / "measure" / "benchmark.py", checkout / "tools" / "benchmark.py")
+    return next((place for place in places if place.is_file()), None)
+
+
 def run_measurement(variant: dict, task: str, arguments: argparse.Namespace) -> dict:
-    """Measure a variant in a process of its own, with the package of its checkout."""
+    """Measure a variant in a process of its own; a checkout measures itself, with its own script and package."""
     counts = {"warmup": arguments.warmup, "steps": arguments.steps, "with_breakdown": arguments.breakdown}
-    environment = dict(os.environ)
+    environment, script = dict(os.environ), __file__
     if variant["checkout"]:
+        script = str(own_benchmark(Path(variant["checkout"])).resolve())
         package = str(Path(variant["checkout"]).resolve() / "projects" / "SAMDETR")
         environment["PYTHONPATH"] = os.pathsep.join([package, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    command = [sys.executable, __file__, "--measure-one", json.dumps({**variant, **counts, "task": task})]
+    command = [sys.executable, script, "--measure-one", json.dumps({**variant, **counts, "task": task})]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -287,14 +294,14 @@ def run_measurement(variant: dict, task: str, arguments: argparse.Namespace) -> 
 
 
 def measure_one(request: dict) -> dict:
-    """What the process of one measurement does."""
+    """Do one measurement, in its process. The request's fields must not change, so that checkouts can be compared."""
     cfg = read_config(request["config"], request["options"])
     keys = ("task", "batch", "boxes", "warmup", "steps", "with_breakdown")
     return measure(cfg, size=tuple(request["size"]), **{key: request[key] for key in keys})
 
 
 def median_of(runs: list[dict]) -> dict:
-    """The median of every figure over the rounds."""
+    """Return the median of every figure over the rounds."""
     result = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "mebibytes")}
     if "breakdown" in runs[0]:
         parts = runs[0]["breakdown"]
@@ -305,7 +312,7 @@ def median_of(runs: list[dict]) -> dict:
 
 
 def measure_variants(variants: list[dict], tasks: list[str], arguments: argparse.Namespace) -> list[dict]:
-    """Measure all variants interleaved; one result each variant and task, with the median over rounds and all runs."""
+    """Measure all variants interleaved; return one result per variant and task: medians over the rounds, and all runs."""
     names = [variant["name"] for variant in variants]
     if len(set(names)) < len(names):
         raise UserError(f"The variants need different names: {', '.join(names)}.")
@@ -322,7 +329,7 @@ def measure_variants(variants: list[dict], tasks: list[str], arguments: argparse
 
 
 def environment_of(arguments: argparse.Namespace) -> dict:
-    """What a reader needs to know about the machine."""
+    """Return what a reader needs to know about the machine."""
     device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "CPU"
     return {
         "device": device,
@@ -347,7 +354,7 @@ def print_tables(results: list[dict]) -> None:
         figures = f"{seconds:.3f}", f"{ratios[0]:.2f}", f"{mebibytes:.0f}", f"{ratios[1]:.2f}"
         height, width = result["size"]
         rows.append([result["task"], result["name"], f"{result['batch']} x {height} x {width}", *figures])
-    headers = ["task", "variant", "images", "s a step", "ratio", "peak MiB", "ratio"]
+    headers = ["task", "variant", "images", "s per step", "ratio", "peak MiB", "ratio"]
     print(tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github"))
     for task in dict.fromkeys(result["task"] for result in results):
         columns = [result for result in results if result["task"] == task and "breakdown" in result]
@@ -359,16 +366,16 @@ def print_tables(results: list[dict]) -> None:
 
 
 def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every benchmark of this folder shares."""
+    """Add the options that the benchmarks of this folder share."""
     parser.add_argument("--config-file", required=True, help="a config of this project")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 128), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--batch", type=int, default=2, help="images a step")
-    parser.add_argument("--boxes", type=int, default=8, help="boxes an image")
+    parser.add_argument("--batch", type=int, default=2, help="images per step")
+    parser.add_argument("--boxes", type=int, default=8, help="boxes per image")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=DTYPES, default="float32")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant and task")
-    parser.add_argument("--warmup", type=int, default=3, help="steps of each process that are not counted")
-    parser.add_argument("--steps", type=int, default=10, help="steps of each process that are counted")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per variant and task")
+    parser.add_argument("--warmup", type=int, default=3, help="steps per process that are not counted")
+    parser.add_argument("--steps", type=int, default=10, help="steps per process that are counted")
     parser.add_argument("--output", help="also write all figures to this JSON file")
 
 
@@ -380,20 +387,17 @@ def main() -> None:
     add_measurement_arguments(parser)
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["train"])
     parser.add_argument("--variant", action="append", help="see above; the first is the base of the ratios")
-    parser.add_argument("--breakdown", action="store_true", help="share the time out among the model's parts")
+    parser.add_argument("--breakdown", action="store_true", help="divide the time among the model's parts")
     arguments = parser.parse_args()
-    try:
-        variants = [parse_variant(variant, arguments) for variant in arguments.variant or ["plain"]]
-        for variant in variants:
-            if not variant["checkout"]:  # a mistake is found before anything is measured
-                read_config(variant["config"], variant["options"])
-        results = measure_variants(variants, arguments.task, arguments)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    variants = [parse_variant(variant, arguments) for variant in arguments.variant or ["plain"]]
+    for variant in variants:
+        if not variant["checkout"]:  # so that a mistake is found before anything is measured
+            read_config(variant["config"], variant["options"])
+    results = measure_variants(variants, arguments.task, arguments)
     print_tables(results)
     if arguments.output:
         write_json(arguments.output, results, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

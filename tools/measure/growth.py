@@ -1,29 +1,27 @@
 #!/usr/bin/env python
-"""Measure how the cost of a step grows with the image's size, the queries, the boxes and the batch, and draw it.
+"""Measure how the cost of a step grows with image size, queries, boxes and batch, and draw it.
 
-    tools/measure_growth.py --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --output docs/growth.json --plot docs/growth.png
+    tools/measure/growth.py --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --output growth.json --plot docs/growth.png
 
 One quantity changes at a time, the others stay at --size, --boxes, --batch and the config's number of queries. Time and
-memory are those of ``tools/benchmark.py``; beside them stand the forward pass's multiply-adds (``tools/analyze_model.py``,
-which counts one image's and leaves out matching and loss), so that it shows if something grows faster than the formula.
+memory are those of ``tools/measure/benchmark.py``; beside them stand the forward pass's multiply-adds (``tools/measure/analyze_model.py``,
+for one image, without matching and loss), which shows whether anything grows faster than the formula.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from analyze_model import count_flops
 from benchmark import add_measurement_arguments, measure_variants, parse_variant, print_tables, read_config, write_json
+from common import run
 from detectron2.modeling import build_model
-
-from samdetr.errors import UserError
 
 QUERIES = "MODEL.SAMDETR.NUM_QUERIES"
 
 
 def make_variants(arguments: argparse.Namespace) -> dict[str, list[tuple[float, dict]]]:
-    """For each quantity, its values and the variants that have them."""
+    """Return for each quantity its values, and the variants that have them."""
     pixels = sorted({max(32, round(size / 32) * 32) for size in arguments.sizes})
     words = {
         "image side": [(side, f"size={side}x{side}") for side in pixels],
@@ -40,13 +38,13 @@ def make_variants(arguments: argparse.Namespace) -> dict[str, list[tuple[float, 
 
 
 def multiply_adds(variant: dict) -> int:
-    """Of the forward pass, for the variant's whole batch."""
+    """Count the multiply-adds of the forward pass, for the whole batch of a variant."""
     cfg = read_config(variant["config"], variant["options"])
     return variant["batch"] * count_flops(build_model(cfg).eval(), *variant["size"])["total"]
 
 
 def draw(path: str, growth: dict[str, list[dict]], title: str) -> None:
-    """One panel a quantity: time, memory and multiply-adds, relative to the first value."""
+    """Draw one panel per quantity: time, memory and multiply-adds, relative to the first value."""
     figure, axes = plt.subplots(1, len(growth), figsize=(3.2 * len(growth), 3.2), layout="constrained")
     lines = (("seconds", "time", "o-"), ("mebibytes", "peak memory", "s-"), ("multiply_adds", "multiply-adds", "k--"))
     for axis, (quantity, points) in zip(axes, growth.items()):
@@ -54,7 +52,7 @@ def draw(path: str, growth: dict[str, list[dict]], title: str) -> None:
             axis.plot(
                 [p["value"] for p in points], [p[key] / max(points[0][key], 1e-9) for p in points], style, label=label
             )
-        axis.set_xlabel({"image side": "image side (pixels)", "boxes": "boxes an image"}.get(quantity, quantity))
+        axis.set_xlabel({"image side": "image side (pixels)", "boxes": "boxes per image"}.get(quantity, quantity))
         axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("relative to the first")
@@ -77,12 +75,9 @@ def main() -> None:
     parser.add_argument("--plot", required=True, help="PNG or SVG file")
     arguments = parser.parse_args()
     arguments.breakdown = False
-    try:
-        variants = make_variants(arguments)
-        flat = [variant for values in variants.values() for _, variant in values]
-        results = measure_variants(flat, [arguments.task], arguments)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    variants = make_variants(arguments)
+    flat = [variant for values in variants.values() for _, variant in values]
+    results = measure_variants(flat, [arguments.task], arguments)
     for result in results:
         result["multiply_adds"] = multiply_adds(result)
     by_name = {result["name"]: result for result in results}
@@ -97,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""How much evaluating images in padded batches changes AP, against one image at a time.
+"""Measure how much evaluating images in padded batches changes AP, compared with one image at a time.
 
-    tools/measure_padding.py --config-file output/demo/config.yaml --weights output/demo/model_final.pth
+    tools/measure/padding.py --config-file output/demo/config.yaml --weights output/demo/model_final.pth
 
 The images of DATASETS.TEST are cut at the right and the bottom to random sizes (80 to 100 % of each side), with their boxes,
 and evaluated one by one and in batches, where smaller images are padded to the largest.
@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
@@ -23,10 +22,11 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 import samdetr
-from samdetr.checkpoint import CheckedCheckpointer
-from samdetr.checks import check_weights_file, merge_options
+from samdetr.checkpoint import CheckedCheckpointer, Checkpoint
 from samdetr.engine import Trainer
-from samdetr.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of common.py
+from common import run
 
 
 def write_cut_images(dataset: str, folder: Path) -> None:
@@ -55,17 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, help="the config that the checkpoint was trained with")
     parser.add_argument("--weights", required=True, help="a checkpoint of this project")
-    parser.add_argument("--batch", type=int, default=8, help="images a batch")
+    parser.add_argument("--batch", type=int, default=8, help="images per batch")
     arguments = parser.parse_args()
-    cfg = get_cfg()
-    samdetr.add_samdetr_config(cfg)
-    try:
-        merge_options(cfg, arguments.config_file, ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"])
-        check_weights_file(arguments.weights, given_as="--weights")
-        model = build_model(cfg)
-        CheckedCheckpointer(model, complete=True).load(arguments.weights)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    cfg = samdetr.load_config(arguments.config_file, ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0])
+    checkpoint = Checkpoint.read(arguments.weights, name="--weights")
+    model = build_model(cfg)
+    CheckedCheckpointer(model, complete=True).load(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         write_cut_images(cfg.DATASETS.TEST[0], Path(folder))
         register_coco_instances("cut", {}, f"{folder}/cut.json", folder)
@@ -77,8 +72,8 @@ def main() -> None:
             cfg.TEST.IMS_PER_BATCH = batch
             with contextlib.redirect_stdout(sys.stderr):
                 results = Trainer.test(cfg, model)
-            print(f"{batch} a batch: AP {results['bbox']['AP']:.2f}, AP50 {results['bbox']['AP50']:.2f}")
+            print(f"{batch} per batch: AP {results['bbox']['AP']:.2f}, AP50 {results['bbox']['AP50']:.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

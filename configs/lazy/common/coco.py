@@ -1,4 +1,4 @@
-"""COCO with DETR's augmentation, as ``samdetr.data.build_train_augmentation`` makes it from a YAML config."""
+"""COCO with DETR's augmentation, as ``samdetr.data.dataset_mapper`` builds it from a YAML config."""
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L

@@ -1,24 +1,24 @@
-"""The models of the YAML configs as trees of LazyCalls, and what turns one into another."""
+"""The base model as a tree of LazyCalls, and functions that turn it into every other model of the YAML configs."""
 
 from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone import BasicStem, ResNet
 
-from samdetr.backbone import make_dc5_stages
-from samdetr.baseline_attention import (
+from samdetr.modeling.backbone import make_dc5_stages
+from samdetr.modeling.baselines.cross_attention import (
     ConditionalCrossAttention,
     DeformableCrossAttention,
     MultiHeadCrossAttention,
     SMCAMultiHeadCrossAttention,
 )
-from samdetr.criterion import SetCriterion
-from samdetr.cross_attention import CrossAttention, SMCACrossAttention
-from samdetr.decoder import Decoder, DecoderLayer
-from samdetr.encoder import DeformableTransformerEncoder, TransformerEncoder
-from samdetr.feature_projection import FeatureProjection
-from samdetr.matcher import HungarianMatcher
-from samdetr.meta_arch import SAMDETR
-from samdetr.query_generator import DenoisingQueryGenerator, LearnedQueryGenerator
-from samdetr.semantics_aligner import IdentityAligner, SemanticsAligner
+from samdetr.modeling.criterion import SetCriterion
+from samdetr.modeling.cross_attention import CrossAttention, SMCACrossAttention
+from samdetr.modeling.decoder import Decoder, DecoderLayer
+from samdetr.modeling.encoder import DeformableTransformerEncoder, TransformerEncoder
+from samdetr.modeling.feature_projection import FeatureProjection
+from samdetr.modeling.matcher import HungarianMatcher
+from samdetr.modeling.meta_arch import SAMDETR
+from samdetr.modeling.query_generator import DenoisingQueryGenerator, LearnedQueryGenerator
+from samdetr.modeling.semantics_aligner import IdentityAligner, SemanticsAligner
 
 DIM, NUM_HEADS, TEMPERATURE = 256, 8, 10000.0
 FOCAL = {"focal_alpha": 0.25, "focal_gamma": 2.0}
@@ -69,13 +69,13 @@ model = L(SAMDETR)(
 
 
 def use_dc5(model) -> None:
-    """res5 at stride 16."""
+    """Use res5 at stride 16."""
     model.backbone.stages = L(make_dc5_stages)(depth=50, **RESNET)
     model.feature_projection.strides = [16]
 
 
 def use_deformable_encoder(model, feedforward_dim: int = 1024) -> None:
-    """Deformable DETR's encoder."""
+    """Use Deformable DETR's encoder."""
     encoder = model.encoder
     size = {"dim": encoder.dim, "num_heads": encoder.num_heads, "num_layers": encoder.num_layers}
     num_levels = len(model.in_features)
@@ -85,22 +85,22 @@ def use_deformable_encoder(model, feedforward_dim: int = 1024) -> None:
 
 
 def use_three_levels(model) -> None:
-    """SAM-DETR++: res3 to res5 and the deformable encoder."""
+    """Use res3 to res5 and the deformable encoder, as SAM-DETR++ does."""
     model.in_features = ["res3", "res4", "res5"]
     model.feature_projection.update(in_channels=[512, 1024, 2048], strides=[8, 16, 32])
     use_deformable_encoder(model)
 
 
 def use_no_projection_norm(model) -> None:
-    """As in the published single-scale 50-epoch models."""
+    """Leave out the norm after the projection, as the published single-scale 50-epoch models do."""
     model.feature_projection.num_groups = 0
 
 
 def use_cross_attention(model, attention, **options) -> None:
-    """One of CROSS_ATTENTION_REGISTRY in every decoder layer."""
+    """Use a cross-attention of CROSS_ATTENTION_REGISTRY in every decoder layer."""
     for layer in model.decoder.layers:
         layer.cross_attention = L(attention)(dim=layer.dim, num_heads=layer.num_heads, **options)
-        layer.aligner.predict_scales = getattr(attention, "needs_scales", False)
+        layer.aligner.predict_scales = "gaussian_beta" in options
 
 
 def use_smca(model) -> None:
@@ -108,7 +108,7 @@ def use_smca(model) -> None:
 
 
 def use_denoising(model) -> None:
-    """DN-DETR's queries."""
+    """Add DN-DETR's denoising queries."""
     queries = model.query_generator
     model.query_generator = L(DenoisingQueryGenerator)(
         num_queries=queries.num_queries,
@@ -122,7 +122,7 @@ def use_denoising(model) -> None:
 
 
 def use_no_aligner(model, attention, refine_boxes: bool, **options) -> None:
-    """A baseline: queries as they are, and another detector's cross-attention (docs/baselines.md)."""
+    """Make a baseline: queries as they are, and another detector's cross-attention (docs/baselines.md)."""
     for layer in model.decoder.layers:
         layer.aligner = L(IdentityAligner)(dim=layer.dim, num_heads=layer.num_heads, temperature=layer.temperature)
     use_cross_attention(model, attention, **options)

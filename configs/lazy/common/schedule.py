@@ -1,4 +1,4 @@
-"""Optimizer, learning rates and what detectron2's ``lazyconfig_train_net.py`` wants to know about a run."""
+"""Optimizer, learning rates, and what detectron2's ``lazyconfig_train_net.py`` needs to know about a run."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ optimizer = L(FullModelClippingAdamW)(
 
 
 def multi_step(max_iter: int, milestone: int, warmup_iters: int = 10, warmup_factor: float = 1.0):
-    """The rate falls to a tenth once."""
+    """Make a schedule whose learning rate falls to a tenth once."""
     return L(WarmupParamScheduler)(
         scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[milestone, max_iter]),
         warmup_factor=warmup_factor,
@@ -45,13 +45,13 @@ train = dict(
 
 
 def train_50_epochs(train):
-    """Set the run's length, in place; returns the learning rates."""
+    """Set the length of the run, in place, and return the learning rates."""
     train.max_iter = train.max_iter * 25 // 6
     return multi_step(train.max_iter, train.max_iter * 4 // 5)
 
 
-def train_8_images_a_step(dataloader, train):
-    """As the DC5 models: half the images a step for twice the steps, in place; returns the learning rates."""
+def train_8_images_per_step(dataloader, train):
+    """Train with half the images per step for twice the steps, as the DC5 models do, in place; return the learning rates."""
     dataloader.train.total_batch_size = 8
     train.max_iter *= 2
     train.eval_period *= 2

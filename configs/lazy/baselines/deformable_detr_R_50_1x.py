@@ -1,5 +1,0 @@
-from ..common.models import make_deformable_detr
-from ..sam_detr_R_50_1x import dataloader, lr_multiplier, model, optimizer, train
-
-make_deformable_detr(model)
-train.output_dir = "output/lazy/deformable_detr_R_50_1x"

@@ -1,5 +1,0 @@
-from .common.models import use_denoising
-from .sam_detr_R_50_DC5_1x import dataloader, lr_multiplier, model, optimizer, train
-
-use_denoising(model)
-train.output_dir = "output/lazy/sam_detr_dn_R_50_DC5_1x"

@@ -1,5 +1,0 @@
-from .common.models import use_smca
-from .sam_detr_pp_R_50_1x import dataloader, lr_multiplier, model, optimizer, train
-
-use_smca(model)
-train.output_dir = "output/lazy/sam_detr_pp_smca_R_50_1x"

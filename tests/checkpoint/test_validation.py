@@ -1,0 +1,36 @@
+"""samdetr.checkpoint.validation: weights that do not fit are refused."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from helpers import load_experiment, tiny_model
+from samdetr.checks import check_fit
+from samdetr.errors import UserError
+
+
+@pytest.mark.parametrize("config", ["faster_rcnn", "cascade_rcnn", "retinanet", "fcos"])
+def test_detectron2s_detectors_can_be_tuned_to_other_classes(config):
+    key = "ROI_HEADS" if "rcnn" in config else "RETINANET"
+    trained = build_model(load_experiment(config))
+    model = build_model(load_experiment(config, f"MODEL.{key}.NUM_CLASSES", 3))
+    check_fit("a.pth", model, trained.state_dict(), complete=False)
+    with pytest.raises(UserError, match="another architecture"):
+        check_fit("a.pth", model, trained.state_dict(), complete=True)
+
+
+def test_checkpoints_of_another_architecture():
+    model = tiny_model()
+    other = tiny_model("MODEL.SAMDETR.HIDDEN_DIM", 16).state_dict()
+    with pytest.raises(UserError, match="of another architecture"):  # its backbone fits, the rest does not
+        check_fit("w.pth", model, other, complete=False)
+    with pytest.raises(
+        UserError, match=r"beside tensors it has the entries state_dict, epoch.*convert_published_state_dict"
+    ):
+        check_fit("w.pth", model, {"state_dict": {}, "epoch": 1}, complete=False)
+    with pytest.raises(UserError, match=r"w\.pth is of another architecture.*of shape .* has shape"):
+        check_fit("w.pth", model, other, complete=True)
+    with pytest.raises(UserError, match=r"w\.pth has no parameter that fits.*'foo'"):
+        check_fit("w.pth", model, {"foo": torch.zeros(1)}, complete=False)
+    check_fit("w.pth", model, model.state_dict(), complete=True)
+    check_fit("w.pth", model, model.backbone.state_dict(prefix="backbone."), complete=False)

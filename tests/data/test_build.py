@@ -1,0 +1,101 @@
+"""samdetr.data.build: cleaned annotations, and loaders."""
+
+import json
+import logging
+
+import pytest
+from detectron2.structures import BoxMode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import tiny_config
+from samdetr.data import (
+    build_test_loader,
+    build_train_loader,
+    clean_annotations,
+)
+from samdetr.errors import UserError
+
+
+def record_with(*boxes, mode=BoxMode.XYWH_ABS):
+    annotations = [{"bbox": list(box), "bbox_mode": mode, "category_id": 0} for box in boxes]
+    return {"file_name": "photo.jpg", "height": 40, "width": 60, "annotations": annotations}
+
+
+def test_bad_boxes_are_dropped_or_clipped_with_a_count(caplog):
+    record = record_with(
+        *[(10, 10, 20, 20), (5, 5, 0, 10), (5, 5, 10, -3), (70, 5, 10, 10), (50, 30, 30, 30), (0, 0, float("nan"), 1)]
+    )
+    before = json.dumps(record["annotations"])
+    with caplog.at_level(logging.WARNING, logger="samdetr.data.build"):
+        (cleaned,) = clean_annotations([record])
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in cleaned["annotations"]]
+    assert boxes == [[10, 10, 30, 30], [50, 30, 60, 40]]
+    assert json.dumps(record["annotations"]) == before
+    messages = "\n".join(caplog.messages)
+    assert "width or height not positive: 2, the first in photo.jpg" in messages
+    assert "outside the image: 1" in messages and "not finite: 1" in messages and "clipped" in messages
+
+
+def test_images_without_boxes_stay(caplog):
+    with caplog.at_level(logging.WARNING):
+        cleaned = clean_annotations([record_with(), record_with((5, 5, 0, 0))])
+    assert [len(record["annotations"]) for record in cleaned] == [0, 0]
+
+
+coordinates = st.floats(-200, 200, allow_nan=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(coordinates, coordinates, coordinates, coordinates), max_size=5))
+def test_whatever_is_left_lies_in_the_image_and_has_an_area(boxes):
+    (cleaned,) = clean_annotations([record_with(*boxes)])
+    for annotation in cleaned["annotations"]:
+        x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        assert x0 < x1 and y0 < y1
+        assert x0 >= -1 and y0 >= -1 and x1 <= 61 and y1 <= 41  # a pixel's rounding is not worth a warning
+
+
+def test_loaders_keep_images_without_boxes(shapes_dataset):
+    cfg = tiny_config(
+        *("DATASETS.TRAIN", (shapes_dataset,), "SOLVER.IMS_PER_BATCH", 6, "DATALOADER.NUM_WORKERS", 0),
+        *("DATALOADER.ASPECT_RATIO_GROUPING", False),
+    )
+    batch = next(iter(build_train_loader(cfg)))
+    assert sorted(inputs["image_id"] for inputs in batch) == [1, 2, 3, 4, 5, 6]
+    counts = {inputs["image_id"]: len(inputs["instances"]) for inputs in batch}
+    assert counts == {1: 1, 2: 2, 3: 0, 4: 1, 5: 2, 6: 0}
+    assert [len(inputs) for inputs in build_test_loader(cfg, shapes_dataset)] == [1] * 6
+
+
+def test_the_loader_is_entered_by_seed_and_start(shapes_dataset):
+    cfg = tiny_config(
+        *("DATASETS.TRAIN", (shapes_dataset,), "SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0, "SEED", 4),
+        *("DATALOADER.ASPECT_RATIO_GROUPING", False),
+    )
+    whole = build_train_loader(cfg)
+    batches = [[inputs["image_id"] for inputs in batch] for batch, _ in zip(whole, range(5))]
+    entered = build_train_loader(
+        tiny_config(*("DATASETS.TRAIN", (shapes_dataset,), "SOLVER.IMS_PER_BATCH", 2), *("SEED", 9))
+    )
+    entered.seed, entered.start = 4, 3
+    assert (whole.seed, entered.seed, entered.dataset.seed) == (4, 4, 4)
+    assert entered.epoch(6) == 2.0  # six batches of two of the six images
+    cfg.SOLVER.IMS_PER_BATCH = 0
+    with pytest.raises(UserError, match=r"SOLVER\.IMS_PER_BATCH \(0\) must be a positive multiple"):
+        build_train_loader(cfg)
+    resumed = build_train_loader(
+        tiny_config(
+            *("DATASETS.TRAIN", (shapes_dataset,), "SOLVER.IMS_PER_BATCH", 2, "SEED", 4),
+            *("DATALOADER.ASPECT_RATIO_GROUPING", False, "DATALOADER.NUM_WORKERS", 0),
+        )
+    )
+    resumed.start = 3
+    assert [inputs["image_id"] for inputs in next(iter(resumed))] == batches[3]
+
+
+def test_records_without_a_size_are_left_to_the_mapper():
+    record = record_with((10, 10, 500, 20))
+    del record["height"], record["width"]
+    (cleaned,) = clean_annotations([record])
+    assert cleaned["annotations"][0]["bbox"] == [10, 10, 500, 20]

@@ -1,0 +1,180 @@
+"""samdetr.engine.trainer: checkpoints, resuming, averages, the best weights."""
+
+import logging
+import os
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+
+from helpers import DN, load_config, make_input, tiny_config, tiny_model
+from samdetr.checkpoint import CheckedCheckpointer
+from samdetr.engine import Trainer
+from samdetr.engine.trainer import freeze_unused_backbone
+from samdetr.errors import UserError
+
+
+def test_settings_that_a_resumed_run_keeps_are_named(tmp_path, caplog):
+    train(trainer_config(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)))
+    trainer = start(trainer_config(tmp_path, "SOLVER.BASE_LR", 1e-5), resume=True)
+    assert "SOLVER.BASE_LR was 0.0007 when this checkpoint was written and is now 1e-05" in caplog.text
+    assert trainer.scheduler.base_lrs[0] == 0.0007
+
+
+def test_unused_parts_of_the_backbone_are_frozen_and_named(caplog):
+    """An FPN's level that nobody reads; DistributedDataParallel would wait for its gradients."""
+    model = build_model(
+        load_config(
+            *("sam_detr_pp_R_50_1x", "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", 18),
+            *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]),
+            *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"], "MODEL.SAMDETR.DECODER.NUM_LAYERS", 1),
+            *("MODEL.SAMDETR.IN_FEATURES", ["p3", "p4", "p5"], "MODEL.SAMDETR.ENCODER.NUM_LAYERS", 1),
+        )
+    )
+    freeze_unused_backbone(model)
+    assert "fpn_lateral2.weight" in caplog.text and "fpn_lateral3.weight" not in caplog.text
+    sum(model([make_input(64, 64, [(1, 1, 30, 30)], [3])]).values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def trainer_config(folder, *options):
+    return tiny_config(
+        *("OUTPUT_DIR", str(folder), "SOLVER.IMS_PER_BATCH", 4, "DATALOADER.NUM_WORKERS", 0, "SEED", 5),
+        *("SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (4,), "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", ()),
+        *("INPUT.MIN_SIZE_TRAIN", (64,), *DN, *options),
+    )
+
+
+def start(cfg, resume=False):
+    """A trainer as train_net.py makes it."""
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    seed_all_rng(cfg.SEED if not resume else None)  # a resumed run must not depend on it
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume)
+    return trainer
+
+
+def train(cfg, resume=False):
+    trainer = start(cfg, resume)
+    trainer.train()
+    return trainer
+
+
+def train_until(trainer, iteration):
+    """As if the run was stopped there: the schedule stays that of the whole run."""
+    trainer.max_iter = iteration
+    trainer.train()
+
+
+def states(folder, name="model_final.pth"):
+    state = torch.load(os.path.join(folder, name), weights_only=True)
+    return {key: state[key] for key in ("model", "average", "trainer") if key in state}
+
+
+def assert_equal_states(a, b, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal_states(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_equal_states(x, y, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+EMA = ["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.9]
+
+
+@pytest.mark.parametrize("damage", ["none", "truncated", "half-written"])
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(damage, tmp_path, caplog):
+    """Model, optimizer, schedule, average, order of the data, augmentation and denoising noise, bit for bit."""
+    train(trainer_config(tmp_path / "whole", *EMA))
+    stopped = trainer_config(tmp_path / "stopped", *EMA)
+    train_until(start(stopped), 4)
+    files = sorted(path.name for path in (tmp_path / "stopped").glob("*.pth"))
+    assert files == ["model_0000001.pth", "model_0000003.pth", "model_final.pth"]
+    (tmp_path / "stopped" / "model_final.pth").unlink()
+    newest = tmp_path / "stopped" / "model_0000003.pth"
+    (tmp_path / "stopped" / "last_checkpoint").write_text(newest.name)
+    if damage == "truncated":
+        newest.write_bytes(newest.read_bytes()[:1000])
+    elif damage == "half-written":
+        newest.rename(f"{newest}.part")
+    with caplog.at_level(logging.INFO):
+        train(stopped, resume=True)
+    expected = "model_0000003.pth" if damage == "none" else "model_0000001.pth"
+    assert f"Resuming from {tmp_path / 'stopped' / expected}" in caplog.text
+    assert_equal_states(states(tmp_path / "whole"), states(tmp_path / "stopped"))
+
+
+def test_no_readable_checkpoint_is_an_error_and_not_a_new_start(tmp_path):
+    (tmp_path / "model_0000001.pth").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"None of the checkpoints in .* can be read"):
+        train(trainer_config(tmp_path), resume=True)
+
+
+def test_a_checkpoint_of_another_trainer_is_not_resumed(tmp_path):
+    trainer = start(trainer_config(tmp_path))
+    torch.save({"model": trainer.inner_model.state_dict(), "trainer": {"iteration": 1}}, tmp_path / "model_0000001.pth")
+    with pytest.raises(UserError, match="was written by another trainer"):
+        start(trainer_config(tmp_path), resume=True)
+
+
+def test_resuming_a_run_of_another_architecture_is_refused(tmp_path):
+    train(trainer_config(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)))
+    with pytest.raises(UserError, match="of another architecture than the config"):
+        train(trainer_config(tmp_path, "MODEL.SAMDETR.NUM_QUERIES", 5), resume=True)
+
+
+def test_resuming_with_another_optimizer_is_refused(tmp_path):
+    train(trainer_config(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)))
+    with pytest.raises(UserError, match=r"SOLVER\.OPTIMIZER is 'SGD', but the checkpoint .* was trained with 'AdamW'"):
+        train(trainer_config(tmp_path, "SOLVER.OPTIMIZER", "SGD"), resume=True)
+
+
+def test_a_seeded_run_repeats_itself_for_any_number_of_workers(tmp_path):
+    first = train(trainer_config(tmp_path / "a", "SOLVER.MAX_ITER", 3))
+    second = train(trainer_config(tmp_path / "b", "SOLVER.MAX_ITER", 3, "DATALOADER.NUM_WORKERS", 2))
+    for (name, a), b in zip(first.model.state_dict().items(), second.model.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_the_average_follows_its_formula_and_is_what_is_evaluated(tmp_path):
+    cfg = trainer_config(tmp_path, *EMA)
+    trainer = start(cfg)
+    history = []
+    step = trainer._trainer.run_step
+
+    def recorded():
+        step()
+        history.append(trainer.inner_model.query_generator.reference_logits.detach().clone())
+
+    trainer._trainer.run_step = recorded
+    trainer.train()
+    expected = history[0]
+    for value in history[1:]:
+        expected = 0.9 * expected + 0.1 * value
+    average = trainer.evaluated_model.query_generator.reference_logits
+    assert torch.allclose(average, expected, atol=1e-6) and not torch.allclose(average, history[-1])
+    model = tiny_model(*DN)
+    CheckedCheckpointer(model, complete=True, use_average=True).load(str(tmp_path / "model_final.pth"))
+    assert torch.equal(model.query_generator.reference_logits, average)
+
+
+def test_the_best_weights_are_remembered_when_a_run_is_resumed(tmp_path, monkeypatch):
+    scores = iter([30.0, 20.0, 25.0, 10.0])
+    monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": next(scores)}})
+    options = ["DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 2]
+    train_until(start(trainer_config(tmp_path, *options)), 4)
+    best = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert (best["metric"], best["iteration"]) == (30.0, 1)
+    assert set(best) == {"model", "metric", "iteration", "config", "class_names", "category_ids"}
+    train(trainer_config(tmp_path, *options), resume=True)
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["metric"] == 30.0
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"

@@ -1,0 +1,141 @@
+"""samdetr.modeling.criterion against a plain loop over layers, images and queries."""
+
+import math
+
+import pytest
+import torch
+from torchvision.ops import generalized_box_iou
+
+from helpers import make_matcher, make_problem
+from oracles import plain_losses
+from samdetr.modeling.boxes import cxcywh_to_xyxy
+from samdetr.modeling.criterion import NonFinitePredictionError, SetCriterion
+from samdetr.modeling.structures import DenoisingTargets
+
+
+def make_criterion():
+    return SetCriterion(
+        matcher=make_matcher(), class_weight=2.0, l1_weight=5.0, giou_weight=2.0, focal_alpha=0.25, focal_gamma=2.0
+    )
+
+
+def test_matching_losses_equal_the_loop():
+    predictions, targets = make_problem((3, 0, 5), layers=3)
+    logits, boxes = predictions.logits, predictions.boxes
+    losses = make_criterion()(predictions, targets, denoising=None)
+    matches = make_matcher()(predictions, targets)
+    labels = torch.cat([target.labels for target in targets]).tolist()
+    target_boxes = torch.cat([target.boxes for target in targets])
+    for layer, suffix in enumerate(("_0", "_1", "")):
+        expected = torch.zeros(3)
+        for image in range(3):
+            of_image = matches.image == image
+            pairs = {
+                q: (labels[t], target_boxes[t])
+                for q, t in zip(matches.query[layer, of_image].tolist(), matches.target[layer, of_image].tolist())
+            }
+            expected += plain_losses(logits[layer, image], boxes[layer, image], pairs)
+        found = torch.stack([losses[f"loss_{name}{suffix}"] for name in ("class", "l1", "giou")])
+        assert torch.allclose(found, expected / 8, rtol=1e-4)
+    assert len(losses) == 9
+
+
+def test_denoising_losses_equal_the_loop():
+    predictions, targets = make_problem((2, 1), layers=2, queries=4 + 6)
+    logits, boxes = predictions.logits, predictions.boxes
+    valid = torch.tensor([[True] * 6, [True, False, False, True, False, False]])
+    denoising = DenoisingTargets(torch.randint(4, (2, 6)), torch.rand(2, 6, 4) * 0.5 + 0.2, valid, num_valid=8)
+    losses = make_criterion()(predictions, targets, denoising)
+    only_matching = make_criterion()(predictions.of_queries(slice(4)), targets, denoising=None)
+    assert all(torch.equal(losses[name], value) for name, value in only_matching.items())
+    for layer, suffix in enumerate(("_0", "")):
+        expected = torch.zeros(3)
+        for image in range(2):
+            real = [d for d in range(6) if valid[image, d]]
+            pairs = {i: (denoising.labels[image, d].item(), denoising.boxes[image, d]) for i, d in enumerate(real)}
+            queries = [4 + d for d in real]
+            expected += plain_losses(logits[layer, image, queries], boxes[layer, image, queries], pairs)
+        found = torch.stack([losses[f"loss_dn_{name}{suffix}"] for name in ("class", "l1", "giou")])
+        assert torch.allclose(found, expected / 8, rtol=1e-4)
+
+
+def test_denoising_gradients_equal_a_plain_formulation():
+    predictions, targets = make_problem((1, 1), layers=1, queries=3 + 2)
+    logits, boxes = predictions.logits, predictions.boxes
+    logits.requires_grad_()
+    boxes.requires_grad_()
+    valid = torch.tensor([[True, True], [True, False]])
+    denoising = DenoisingTargets(torch.randint(4, (2, 2)), torch.rand(2, 2, 4) * 0.5 + 0.2, valid, num_valid=3)
+    losses = make_criterion()(predictions, targets, denoising)
+    sum(loss for name, loss in losses.items() if "_dn_" in name).backward()
+    other_logits, other_boxes = logits.detach().clone().requires_grad_(), boxes.detach().clone().requires_grad_()
+    total = 0.0
+    for image, slot in ((0, 0), (0, 1), (1, 0)):
+        box, target = other_boxes[0, image, 3 + slot], denoising.boxes[image, slot]
+        total = total + 5 * (box - target).abs().sum()
+        total = total + 2 * (1 - generalized_box_iou(cxcywh_to_xyxy(box[None]), cxcywh_to_xyxy(target[None]))[0, 0])
+        p = other_logits[0, image, 3 + slot].sigmoid()
+        positive = torch.arange(4) == denoising.labels[image, slot]
+        total = total + 2 * torch.where(positive, 0.25 * (1 - p) ** 2 * -p.log(), 0.75 * p**2 * -(1 - p).log()).sum()
+    (total / 3).backward()
+    assert torch.allclose(logits.grad, other_logits.grad, atol=1e-5)
+    assert torch.allclose(boxes.grad, other_boxes.grad, atol=1e-4)
+    assert not boxes.grad[0, 1, 4].any()  # the padding slot
+
+
+@pytest.mark.parametrize("with_denoising", [False, True])
+def test_without_boxes_every_loss_is_finite_and_reaches_every_prediction(with_denoising):
+    predictions, targets = make_problem((0, 0))
+    logits, boxes = predictions.logits, predictions.boxes
+    logits.requires_grad_()
+    boxes.requires_grad_()
+    denoising = None
+    if with_denoising:
+        empty = torch.zeros(2, 0)
+        denoising = DenoisingTargets(empty.long(), torch.zeros(2, 0, 4), empty.bool(), num_valid=0)
+    losses = make_criterion()(predictions, targets, denoising)
+    assert len(losses) == (12 if with_denoising else 6)
+    sum(losses.values()).backward()
+    assert logits.grad.isfinite().all() and logits.grad.abs().min() > 0
+    assert not boxes.grad.any()
+
+
+def test_gradients_equal_those_of_a_plain_formulation():
+    """Elementwise torch expressions, without the batched indexing."""
+    predictions, targets = make_problem((2, 3), layers=2)
+    logits, boxes = predictions.logits, predictions.boxes
+    logits.requires_grad_()
+    boxes.requires_grad_()
+    sum(make_criterion()(predictions, targets, denoising=None).values()).backward()
+    other_logits, other_boxes = logits.detach().clone().requires_grad_(), boxes.detach().clone().requires_grad_()
+    matches = make_matcher()(predictions, targets)
+    labels = torch.cat([target.labels for target in targets])
+    target_boxes = torch.cat([target.boxes for target in targets])
+    total = 0.0
+    for layer in range(2):
+        positive = torch.zeros(other_logits.shape[1:], dtype=torch.bool)
+        for image, query, target in zip(matches.image, matches.query[layer], matches.target[layer]):
+            positive[image, query, labels[target]] = True
+            box = other_boxes[layer, image, query]
+            total = total + 5 * (box - target_boxes[target]).abs().sum()
+            giou = generalized_box_iou(cxcywh_to_xyxy(box[None]), cxcywh_to_xyxy(target_boxes[target][None]))
+            total = total + 2 * (1 - giou[0, 0])
+        p = other_logits[layer].sigmoid()
+        focal = torch.where(positive, 0.25 * (1 - p) ** 2 * -p.log(), 0.75 * p**2 * -(1 - p).log())
+        total = total + 2 * focal.sum()
+    (total / 5).backward()
+    assert torch.allclose(logits.grad, other_logits.grad, atol=1e-5)
+    assert torch.allclose(boxes.grad, other_boxes.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_predictions_that_are_not_finite_raise_or_show_in_the_losses(value):
+    predictions, targets = make_problem()
+    predictions.boxes[1, 2, 4, 0] = value
+    criterion = make_criterion()
+    with pytest.raises(NonFinitePredictionError) as error:
+        criterion(predictions, targets, denoising=None)
+    assert error.value.image_index == 2
+    criterion.raise_on_non_finite = False
+    predictions.boxes[1] = value
+    assert not criterion(predictions, targets, denoising=None)["loss_l1"].isfinite()

@@ -1,0 +1,201 @@
+"""The YAML files in configs/ and in tools/experiments/: they build, train and evaluate."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+import samdetr
+from helpers import ROOT, load_config, load_experiment, make_input
+from samdetr.solver import build_optimizer
+
+FAMILIES = [
+    *("sam_detr_R_50", "sam_detr_smca_R_50"),
+    *("sam_detr_R_50_DC5", "sam_detr_smca_R_50_DC5", "sam_detr_dn_R_50_DC5", "sam_detr_smca_dn_R_50_DC5"),
+    *("sam_detr_pp_R_50", "sam_detr_pp_smca_R_50", "sam_detr_pp_smca_dn_R_50"),
+]
+
+
+COCO_CONFIGS = [f"{family}_{schedule}" for family in FAMILIES for schedule in ("1x", "50ep")]
+
+
+DETECTRON2_BASELINES = [
+    *("faster_rcnn_R_50_C4", "faster_rcnn_R_50_DC5", "faster_rcnn_R_50_FPN", "cascade_rcnn_R_50_FPN"),
+    *("retinanet_R_50_FPN", "fcos_R_50_FPN"),
+]
+
+
+DETR_BASELINES = [
+    *("detr_R_50", "conditional_detr_R_50", "smca_detr_R_50", "deformable_detr_R_50"),
+    *("detr_R_50_DC5", "conditional_detr_R_50_DC5", "smca_detr_R_50_DC5", "deformable_detr_R_50_DC5"),
+    *("dab_detr_R_50_DC5", "dn_detr_R_50_DC5", "smca_detr_pp_R_50", "deformable_detr_pp_R_50"),
+]
+
+
+EXPERIMENTS = sorted(
+    path.stem for path in (ROOT / "tools" / "experiments" / "configs").glob("*.yaml") if path.stem != "Base-Experiment"
+)
+
+
+def test_every_config_is_known():
+    found = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    others = {"Base-SAMDETR", "Base-SAMDETR-DC5", "Base-SAMDETR-pp", "sam_detr_digits", "sam_detr_pp_digits"}
+    assert found == set(COCO_CONFIGS) | others
+    baselines = {path.stem for path in (ROOT / "configs" / "baselines").glob("*.yaml")} - {"Base-Detectron2"}
+    assert baselines == {f"{name}_1x" for name in (*DETECTRON2_BASELINES, *DETR_BASELINES)}
+
+
+@pytest.mark.parametrize("name", [name for name in DETECTRON2_BASELINES if not name.startswith("fcos")])
+def test_detectron2s_detectors_are_configured_as_in_its_model_zoo(name):
+    """Key by key, but for what only this project adds."""
+    from detectron2 import model_zoo
+
+    folder, theirs = "COCO-Detection", f"{name}_1x"
+    if name.startswith("cascade"):
+        folder, theirs = "Misc", "cascade_mask_rcnn_R_50_FPN_1x"
+    expected = model_zoo.get_config(f"{folder}/{theirs}.yaml")
+    found = load_config(f"baselines/{name}_1x", "MODEL.DEVICE", expected.MODEL.DEVICE)
+
+    def compare(a, b, path=""):
+        for key, value in a.items():
+            if isinstance(value, dict):
+                compare(value, b[key], f"{path}{key}.")
+            elif key == "SIZES":
+                assert np.allclose(value, b[key], rtol=2e-3), path + key
+            else:
+                assert list(value) == list(b[key]) if isinstance(value, (list, tuple)) else value == b[key], path + key
+
+    for node in (expected, found):
+        node.defrost()
+        node.OUTPUT_DIR = node.TEST.EVAL_PERIOD = node.MODEL.MASK_ON = None
+        node.MODEL.ROI_MASK_HEAD.clear()
+    compare(expected, found)
+
+
+def test_fcos_is_detectron2s():
+    from detectron2 import model_zoo
+    from detectron2.config import instantiate
+
+    config = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py")
+    cfg = load_config("baselines/fcos_R_50_FPN_1x")
+    ours, theirs = build_model(cfg), instantiate(config.model)
+    assert str(ours) == str(theirs)
+    shapes = {name: (p.shape, p.requires_grad) for name, p in ours.named_parameters()}
+    assert shapes == {name: (p.shape, p.requires_grad) for name, p in theirs.named_parameters()}
+    for key in (
+        "num_classes",
+        "center_sampling_radius",
+        "focal_loss_alpha",
+        "focal_loss_gamma",
+        "max_detections_per_image",
+    ):
+        assert getattr(ours, key) == getattr(theirs, key)
+    for key in ("test_score_thresh", "test_topk_candidates", "test_nms_thresh", "head_in_features"):
+        assert getattr(ours, key) == getattr(theirs, key)
+    assert torch.equal(ours.pixel_mean, theirs.pixel_mean) and config.optimizer.lr == cfg.SOLVER.BASE_LR
+
+
+def train_two_steps(cfg):
+    """Train, check that something has been learned, evaluate; return the model and the optimizer."""
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    inputs = [make_input(64, 96, [(5, 5, 40, 50)], [7]), make_input(80, 64)]
+    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    with EventStorage():
+        for _ in range(2):
+            losses = model(inputs)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+    assert all(loss.isfinite() for loss in losses.values())
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after))
+    assert "instances" in model.eval()(inputs)[0]
+    return model, optimizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*DETECTRON2_BASELINES, "deformable_detr_R_50"])
+def test_baselines_train_and_evaluate(name):
+    # Without pretrained weights, frozen norms would let the activations grow from block to block.
+    _, optimizer = train_two_steps(
+        load_config(f"baselines/{name}_1x", "MODEL.RESNETS.NORM", "BN", "SOLVER.BASE_LR", 1e-4)
+    )
+    assert isinstance(optimizer, torch.optim.SGD) == (name in DETECTRON2_BASELINES)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_differ_in_the_model_alone(name):
+    cfg = load_experiment(name)
+    base = load_experiment("Base-Experiment")
+    if not name.endswith(("_double", "_long")):
+        assert cfg.SOLVER == base.SOLVER and cfg.TEST == base.TEST
+    assert cfg.INPUT == base.INPUT and cfg.DATASETS == base.DATASETS and cfg.DATALOADER == base.DATALOADER
+    train_two_steps(cfg)
+
+
+@pytest.mark.parametrize("name", COCO_CONFIGS)
+def test_schedule_and_architecture_follow_from_the_name(name):
+    cfg = load_config(name)
+    node = cfg.MODEL.SAMDETR
+    images = cfg.SOLVER.IMS_PER_BATCH
+    assert images == (8 if "DC5" in name else 16)
+    epochs = 50 if "50ep" in name else 12
+    assert cfg.SOLVER.MAX_ITER * images / 118287 == pytest.approx(epochs, rel=0.02)
+    assert cfg.SOLVER.STEPS[0] * images / 118287 == pytest.approx(40 if epochs == 50 else 10, rel=0.02)
+    assert cfg.TEST.EVAL_PERIOD * images / 118287 == pytest.approx(1, rel=0.02)
+    assert (node.CROSS_ATTENTION.NAME == "SMCACrossAttention") == ("smca" in name)
+    assert (node.QUERY_GENERATOR.NAME == "DenoisingQueryGenerator") == ("_dn_" in name)
+    assert (len(node.IN_FEATURES) == 3) == ("_pp_" in name)
+    assert (node.PROJECTION_NUM_GROUPS == 0) == (epochs == 50 and "_pp_" not in name)
+    assert f"output/{name}" == cfg.OUTPUT_DIR
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "tools" / "experiments" / "configs").glob("*.yaml")]),
+    ids=lambda path: path.stem,
+)
+def test_leaves_hold_only_differences(path):
+    """No leaf repeats a value that it would inherit anyway."""
+    content = yaml.safe_load(path.read_text())
+    if "_BASE_" not in content:
+        return
+    base = samdetr.load_config(path.parent / content.pop("_BASE_"))
+
+    def check(node, inherited, key):
+        for name, value in node.items():
+            if isinstance(value, dict):
+                check(value, inherited[name], f"{key}{name}.")
+            else:
+                if isinstance(inherited[name], tuple):
+                    value = tuple(yaml.safe_load(value.replace("(", "[").replace(",)", "]").replace(")", "]")))
+                assert value != inherited[name], f"{path.name} repeats {key}{name}"
+
+    check(content, base, "")
+
+
+TRAINABLE = {"R_50": 58.05e6, "DC5": 58.05e6, "pp": 54.95e6}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COCO_CONFIGS)
+def test_every_coco_config_builds_trains_and_evaluates(name):
+    model, _ = train_two_steps(load_config(name))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    expected = TRAINABLE["pp" if "_pp_" in name else "DC5" if "DC5" in name else "R_50"]
+    expected += 0.05e6 * ("smca" in name) + 81 * 255 * ("_dn_" in name)
+    assert abs(trainable - expected) < 0.05e6
+
+
+def test_readme_names_existing_configs():
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"configs/([\w/-]+\.yaml)", text)
+    assert named
+    for name in named:
+        assert Path(ROOT / "configs" / name).is_file(), name

@@ -1,0 +1,32 @@
+"""tools/demo.py, and what every tool has in common."""
+
+import json
+import os
+
+import pytest
+
+from helpers import ROOT
+from processes import run_tool
+
+
+@pytest.mark.slow
+def test_the_demo_from_start_to_picture(tmp_path):
+    """With a model of seconds; the real demo's AP is in the README."""
+    quick = ["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "(1,)", "MODEL.SAMDETR.HIDDEN_DIM", 32, "DATALOADER.NUM_WORKERS", 0]
+    for attempt in range(2):
+        result = run_tool("demo.py", "--output", tmp_path / "demo", *quick)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "Box AP on digits_val: " in result.stdout and "predictions.png" in result.stdout
+        assert (tmp_path / "demo" / "predictions.png").stat().st_size > 10000
+        lines = (tmp_path / "demo" / "metrics.json").read_text().splitlines()
+        assert any("bbox/AP" in json.loads(line) for line in lines)
+        assert len(list(tmp_path.glob("demo-until-*"))) == attempt  # the first one is kept
+
+
+def test_every_tool_is_executable_and_explains_itself():
+    for tool in sorted((ROOT / "tools").glob("*.py")):
+        text = tool.read_text()
+        if text.startswith("#!"):
+            assert os.access(tool, os.X_OK), f"{tool} is not executable"
+            if tool.name not in ("install.py",):
+                assert f"tools/{tool.name}" in text.split('"""')[1], f"{tool} shows no example"

@@ -1,0 +1,225 @@
+"""tools/experiments/: what is run, what is read from the runs, and what is reported."""
+
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import scheduler
+from experiment import collect, config_of, read_curve, read_experiment
+from summary import first_reaching, make_plot, make_table, read_results
+
+from processes import ROOT, environment
+from samdetr.errors import UserError
+
+TINY_PATH = "configs/quick_schedules/sam_detr_digits_instant_test.yaml"
+
+
+def experiment_file(folder, text=None):
+    path = Path(folder) / "experiment.yaml"
+    path.write_text(
+        text
+        or f"""
+goals: [slow]
+groups:
+  - title: "One"
+    runs:
+      - {{name: slow, config: {TINY_PATH}, seeds: [1, 2]}}
+      - {{name: fast, config: {TINY_PATH}, seeds: [1, 2], options: [MODEL.SAMDETR.NUM_QUERIES, 6]}}
+  - title: "Two"
+    runs:
+      - {{name: other, config: {TINY_PATH}, seeds: [1]}}
+    also: [slow]
+"""
+    )
+    return path
+
+
+def result(name, seed, *points):
+    return {"name": name, "config": TINY_PATH, "seed": seed, "curve": [list(point) for point in points]}
+
+
+RESULTS = [
+    result("slow", 1, (10, 1.0, 0.0), (20, 2.0, 4.0)),
+    result("slow", 2, (10, 3.0, 1.0), (20, 6.0, 6.0)),
+    result("fast", 1, (10, 2.0, 5.0), (20, 4.0, 9.0)),
+    result("fast", 2, (10, 4.0, 3.0), (20, 8.0, 4.0)),
+]
+
+
+def test_first_reaching():
+    curve = RESULTS[2]["curve"]
+    assert first_reaching(curve, 5.0) == [10, 2.0, 5.0]
+    assert first_reaching(curve, 5.1) == [20, 4.0, 9.0]
+    assert first_reaching(curve, 10.0) is None
+
+
+def test_table(tmp_path):
+    """Means and deviations over seeds; the goal is the mean of the baseline's last evaluations."""
+    lines = make_table(read_experiment(experiment_file(tmp_path)), RESULTS).splitlines()
+    rows = {row[0]: row for row in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
+    assert rows["run"] == ["run", "seeds", "steps", "final AP", "reaches slow's 5.0", "s per step"]
+    assert rows["slow"] == ["slow", "2", "20", "5.0 ± 1.4", "step 20, 6 s (1 of 2 seeds)", "0.200"]
+    assert rows["fast"] == ["fast", "2", "20", "6.5 ± 3.5", "step 10, 2 s (1 of 2 seeds)", "0.300"]
+    assert rows["other"][:3] == ["other", "not run", ""]
+
+
+def test_plot(tmp_path):
+    experiment = read_experiment(experiment_file(tmp_path))
+    figure = make_plot(experiment, RESULTS)
+    assert len(figure.axes) == 2  # of the second group nothing has been run
+    steps, seconds = figure.axes
+    slow = next(line for line in seconds.lines if line.get_label().startswith("slow"))
+    assert slow.get_xdata().tolist() == [2.0, 4.0] and slow.get_ydata().tolist() == [0.5, 5.0]
+    fast = next(line for line in steps.lines if line.get_label().startswith("fast"))
+    assert "2 seeds; reached at 20" in fast.get_label() and fast.get_ydata().tolist() == [4.0, 6.5]
+    assert "final AP of slow: 5.0" in [line.get_label() for line in steps.lines]
+    low = make_plot(experiment, [*RESULTS, result("other", 1, (10, 1.0, 2.0))])  # shown beside slow's 5.0
+    assert "final AP of slow: 5.0" in [line.get_label() for line in low.axes[2].lines]
+    assert len(make_plot(experiment, [*RESULTS, result("other", 1, (10, 1.0, 2.0))]).axes) == 4
+
+
+def test_curves_are_read_from_the_metrics(tmp_path):
+    """Steps are counted from one, seconds are of an undisturbed step, NaN (nothing detected) is an AP of 0."""
+    assert read_curve(tmp_path, 6) == []
+    (tmp_path / "metrics.json").write_text('{"iteration": 1, "ti')  # killed while it wrote its first line
+    assert read_curve(tmp_path, 6) == []
+    entries = [
+        {"iteration": 1, "time": 0.1},
+        {"iteration": 2, "bbox/AP": float("nan")},
+        {"iteration": 3, "time": 0.2},
+        {"iteration": 5, "time": 9.0},
+        {"iteration": 6, "bbox/AP": 12.5},
+    ]
+    (tmp_path / "metrics.json").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert read_curve(tmp_path, 6) == [[3, 0.3, 0.0], [6, 0.6, 12.5]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("groups: [", "is not an experiment"),
+        ("goals: []", "is not an experiment .*groups"),
+        (
+            "goals: [a]\ngroups: [{title: t, runs: [{name: b, config: c, seeds: [1]}]}]",
+            "mentions 'a', .*none of its runs: b",
+        ),
+        ("goals: []\ngroups: [{title: t, runs: [{name: b, seeds: [1]}]}]", "is not an experiment .*config"),
+        (
+            "goals: []\ngroups: [{title: t, runs: [{name: b, config: c, seeds: [1]}, {name: b, config: c, seeds: [1]}]}]",
+            "several runs named 'b'",
+        ),
+        ("goals: []\ngroups: [{title: t, runs: [{name: b, config: c, seeds: 3}]}]", "is not an experiment"),
+    ],
+)
+def test_mistakes_in_the_file_are_named(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read_experiment(experiment_file(tmp_path, text))
+
+
+def test_mistakes_in_a_run_come_to_light_before_anything_is_trained(tmp_path):
+    text = experiment_file(tmp_path).read_text().replace("NUM_QUERIES", "NUM_QUERYS")
+    experiment = read_experiment(experiment_file(tmp_path, text))
+    with pytest.raises(UserError, match=r"NUM_QUERYS.*Did you mean"):
+        scheduler.train(experiment, tmp_path, [], jobs=1, threads=1, lock=0)
+    text = experiment_file(tmp_path).read_text().replace("[MODEL.SAMDETR.NUM_QUERIES, 6]", "[TEST.EVAL_PERIOD, 0]")
+    with pytest.raises(UserError, match=r"fast: TEST\.EVAL_PERIOD is 0, so that there is no curve"):
+        scheduler.train(read_experiment(experiment_file(tmp_path, text)), tmp_path, [], jobs=1, threads=1, lock=0)
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+def test_a_folder_of_another_config_is_refused(tmp_path):
+    entry = read_experiment(experiment_file(tmp_path)).runs[0]
+    folder = entry.folder(tmp_path, 1)
+    scheduler.keep_config(config_of(entry, 1, folder), folder)
+    scheduler.keep_config(config_of(entry, 1, folder), folder)
+    entry.options = ["SOLVER.BASE_LR", "0.1"]
+    scheduler.keep_config(config_of(entry, 1, folder), folder)  # nothing has been trained there yet
+    (folder / "stdout.txt").touch()
+    scheduler.keep_config(config_of(entry, 1, folder), folder)
+    entry.options = ["SOLVER.BASE_LR", "0.2"]
+    with pytest.raises(UserError, match=r"holds a run of another config, which differs in SOLVER\.BASE_LR"):
+        scheduler.keep_config(config_of(entry, 1, folder), folder)
+
+
+def test_results_without_curves_are_refused(tmp_path):
+    other = json.dumps([result("other", 1, (1, 1.0, 1.0))])
+    for text in ("{", "[{}]", other, '[{"name": "a", "config": "b", "seed": 1, "curve": []}]'):
+        (tmp_path / "experiments.json").write_text(text)
+        with pytest.raises(UserError, match="has no curves to report"):
+            read_results(tmp_path / "experiments.json", {"a"})
+
+
+def tool(*arguments):
+    command = [sys.executable, str(ROOT / "tools" / "experiments" / "run_experiments.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = tool("--experiment", experiment_file(tmp_path), "--output", tmp_path / "out")
+        assert (
+            "another run_experiments.py, or a run that it has started, works there"
+            in process.communicate(timeout=120)[0]
+        )
+    assert process.returncode == 1
+
+
+@pytest.mark.slow
+def test_an_experiment_that_is_stopped_goes_on(tmp_path):
+    arguments = ["--experiment", experiment_file(tmp_path), "--output", tmp_path / "out"]
+    process = tool(*arguments, "--jobs", 2)
+    checkpoints = tmp_path / "out" / "runs" / "slow" / "seed1"
+    deadline = time.time() + 120
+    while not list(checkpoints.glob("model_0000002.pth")):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert "the same command continues from here" in process.communicate(timeout=120)[0]
+
+    process = tool(*arguments, "--only", "slow", "--jobs", 2)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    results = json.loads((tmp_path / "out" / "experiments.json").read_text())
+    assert [(r["name"], r["seed"]) for r in results] == [("slow", 1), ("slow", 2)]
+    steps = [[point[0] for point in result["curve"]] for result in results]
+    assert all(found in ([3, 6], [6]) for found in steps)  # the evaluation at 3 was cut off, or not
+    assert "Starting training from iteration 3" in (checkpoints / "stdout.txt").read_text()
+    assert (tmp_path / "out" / "experiments.png").stat().st_size > 10_000
+    before = (checkpoints / "model_final.pth").stat().st_mtime
+
+    process = tool(*arguments, "--only", "slow")
+    output = process.communicate(timeout=120)[0]
+    assert "2 of 2 runs are complete" in output
+    assert (checkpoints / "model_final.pth").stat().st_mtime == before
+    assert collect(read_experiment(arguments[1]), tmp_path / "out") == results
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path):
+    text = f"""
+goals: []
+groups:
+  - title: "One"
+    runs:
+      - {{name: bad, config: {TINY_PATH}, seeds: [1], options: [SOLVER.BASE_LR, 1e38, SOLVER.CLIP_GRADIENTS.ENABLED, False]}}
+      - {{name: good, config: {TINY_PATH}, seeds: [1]}}
+"""
+    process = tool("--experiment", experiment_file(tmp_path, text), "--output", tmp_path / "out")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 1
+    assert "bad, seed 1: FAILED" in output and "good, seed 1: AP" in output
+    assert [r["name"] for r in json.loads((tmp_path / "out" / "experiments.json").read_text())] == ["good"]
+
+
+def test_the_documented_table_is_that_of_the_documented_curves():
+    experiment = read_experiment(ROOT / "tools" / "experiments" / "digits.yaml")
+    names = {run.name for run in experiment.runs}
+    table = make_table(experiment, read_results(ROOT / "tools" / "experiments" / "results" / "experiments.json", names))
+    assert table in (ROOT / "docs" / "results.md").read_text()
+    assert {"detr_baseline", "sam_detr"} <= names

@@ -1,0 +1,102 @@
+"""Train the runs of an experiment, several at a time, each in a process of its own; go on where an earlier one stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from experiment import ROOT, Experiment, Run, collect, config_of, differences, read_curve
+from summary import report
+
+from samdetr.checks import check_config
+from samdetr.data import register_coco_format
+from samdetr.errors import UserError
+
+
+def check_run(entry: Run, cfg) -> None:
+    """Refuse now what would come to light hours later."""
+    register_coco_format(cfg)
+    check_config(cfg, training=True)
+    if not 0 < cfg.TEST.EVAL_PERIOD <= cfg.SOLVER.MAX_ITER:
+        raise UserError(
+            f"{entry.name}: TEST.EVAL_PERIOD is {cfg.TEST.EVAL_PERIOD}, so that there is no curve: it must be between 1 and "
+            f"SOLVER.MAX_ITER ({cfg.SOLVER.MAX_ITER})."
+        )
+
+
+def keep_config(cfg, folder: Path) -> None:
+    """Keep the run's config in its folder; refuse a folder where another config was trained, which would mix two curves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "experiment.yaml"
+    if kept.exists() and (folder / "stdout.txt").exists():
+        keys = differences(cfg, folder)
+        if keys:
+            raise UserError(
+                f"{folder} holds a run of another config, which differs in {', '.join(keys[:5])}: name another --output, or "
+                "move that folder away."
+            )
+    kept.write_text(cfg.dump())
+
+
+def train(experiment: Experiment, output: Path, only: list[str], jobs: int, threads: int, lock: int) -> bool:
+    """Train what is not complete yet, ``jobs`` runs at a time; return whether all succeeded.
+
+    The runs inherit the file descriptor ``lock``, so that the folder stays locked while one of them outlives this tool.
+    """
+    waiting, max_iters = [], {}
+    for group in experiment.groups:  # the seeds take turns, so that stopping early leaves something of every run
+        for seed in sorted({seed for entry in group.runs for seed in entry.seeds}):
+            for entry in group.runs:
+                if seed in entry.seeds and (not only or entry.name in only):
+                    folder = entry.folder(output, seed)
+                    cfg = config_of(entry, seed, folder)
+                    check_run(entry, cfg)
+                    keep_config(cfg, folder)
+                    waiting.append((entry, seed, folder))
+                    max_iters[folder] = cfg.SOLVER.MAX_ITER
+
+    def complete(folder: Path) -> bool:
+        curve = read_curve(folder, max_iters[folder])
+        return bool(curve) and curve[-1][0] == max_iters[folder]
+
+    todo = [item for item in waiting if not complete(item[2])]
+    print(f"{len(waiting) - len(todo)} of {len(waiting)} runs are complete; {jobs} at a time, {threads} threads each.")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    running: dict[subprocess.Popen, tuple] = {}
+    failed = []
+    started = time.perf_counter()
+    try:
+        while todo or running:
+            while todo and len(running) < jobs:
+                entry, seed, folder = todo.pop(0)
+                command = [sys.executable, str(ROOT / "train_net.py"), "--resume"]
+                command += ["--config-file", str(ROOT / entry.config), *entry.options]
+                command += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
+                with (folder / "stdout.txt").open("a") as log:
+                    options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment, "pass_fds": [lock]}
+                    process = subprocess.Popen(command, **options)
+                running[process] = (entry, seed, folder)
+            time.sleep(0.5)
+            for process in [process for process in running if process.poll() is not None]:
+                entry, seed, folder = running.pop(process)
+                minutes = (time.perf_counter() - started) / 60
+                if process.returncode or not complete(folder):
+                    failed.append(folder)
+                    last = (folder / "stdout.txt").read_text(errors="replace").strip().splitlines()[-1:]
+                    print(
+                        f"{minutes:5.1f} min  {entry.name}, seed {seed}: FAILED, see {folder}/stdout.txt: {' '.join(last)}"
+                    )
+                else:
+                    ap = read_curve(folder, max_iters[folder])[-1][2]
+                    print(
+                        f"{minutes:5.1f} min  {entry.name}, seed {seed}: AP {ap:.1f}; {len(todo)} runs wait", flush=True
+                    )
+                report(experiment, collect(experiment, output), output)
+    finally:
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+        for process in running:
+            process.wait()
+    return not failed
