@@ -18,7 +18,7 @@ demo: setup
 	$(RUN) tools/demo.py
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 DETECTRON2_COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"
 DETECTRON2_REPOSITORY = "https://github.com/facebookresearch/detectron2"
@@ -32,6 +33,15 @@ def detectron2_requirement() -> list[str]:
     if path.exists():
         return [f"detectron2 @ {path.resolve().as_uri()}"]
     return [given if given.startswith("detectron2") else f"detectron2 @ {given}"]
+
+
+class BuildWithConfigs(build_py):
+    """Put ``configs/`` into the installed package, where ``samdetr.load_config`` finds them."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree("configs", os.path.join(self.build_lib, "samdetr", "configs"))
 
 
 if find_spec("torch") is None:
@@ -64,6 +74,11 @@ setup(
         "scipy",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources, which newer ones no longer have
     ],
+    cmdclass={"build_py": BuildWithConfigs},
     package_data={"samdetr.visualization": ["published_training_curves.csv"]},
-    extras_require={"demo": DEMO, "export": EXPORT, "test": [*DEMO, *EXPORT, "hypothesis", "pytest", "ruff"]},
+    extras_require={
+        "demo": DEMO,
+        "export": EXPORT,
+        "test": [*DEMO, *EXPORT, "hypothesis", "pytest", "pytest-xdist", "ruff"],
+    },
 )

@@ -69,6 +69,11 @@ def run_script(script, *arguments, **options) -> subprocess.CompletedProcess:
     return Script(script, *arguments, **options).wait()
 
 
+def start_processes(function, arguments: tuple, number: int) -> None:
+    """Call ``function(rank, *arguments)`` in several processes at once, and wait for them."""
+    torch.multiprocessing.start_processes(function, arguments, nprocs=number, start_method="forkserver")
+
+
 def run_tool(name, *arguments) -> subprocess.CompletedProcess:
     """Run a script of tools/."""
     return run_script(f"tools/{name}", *arguments)

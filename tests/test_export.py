@@ -6,15 +6,20 @@ import sys
 import numpy as np
 import pytest
 import torch
+from export_model import largest_difference
 
 from helpers import DN, MULTI_SCALE, ROOT, SMCA, tiny_config, tiny_model
-from samdetr.export import ExportableModel, describe, export
+from samdetr.export import ExportableModel, describe, export, trace
 from samdetr.predictor import Predictor
 
 ONE_LAYER = ["MODEL.SAMDETR.DECODER.NUM_LAYERS", 1]  # the graph's size decides how long exporting takes
 
 
-FAMILIES = {"single-scale": [*SMCA, *ONE_LAYER], "multi-scale": [*SMCA, *MULTI_SCALE, *DN]}
+TWO_LEVELS = [
+    *("MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"], "MODEL.SAMDETR.IN_FEATURES", ["res4", "res5"]),
+    *("MODEL.SAMDETR.DECODER.NUM_LAYERS", 2),  # one per level
+]
+FAMILIES = {"single-scale": [*SMCA, *ONE_LAYER], "multi-scale": [*SMCA, *MULTI_SCALE, *DN, *TWO_LEVELS]}
 
 
 def make_predictor(*options):
@@ -37,15 +42,15 @@ def test_the_exportable_model_is_the_model():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_exported_files_agree_at_other_sizes_and_batches(tmp_path, family, suffix):
-    from export_model import largest_difference
-
+def test_exported_files_agree_at_other_sizes_and_batches(tmp_path, family):
+    """Both kinds of files, written from one tracing."""
     predictor = make_predictor(*FAMILIES[family])
-    path = tmp_path / f"model{suffix}"
-    export(predictor, path, size=(96, 128))
-    for batch, size in ((1, (64, 64)), (2, (128, 96)), (3, (97, 161))):
-        assert largest_difference(predictor, path, size, batch) < 1e-4
+    program = trace(predictor, size=(96, 128))
+    for suffix in (".onnx", ".pt2"):
+        path = tmp_path / f"model{suffix}"
+        export(predictor, program, path)
+        for batch, size in ((1, (64, 64)), (2, (128, 96)), (3, (97, 161))):
+            assert largest_difference(predictor, path, size, batch) < 1e-4
 
 
 @pytest.mark.slow
@@ -54,7 +59,7 @@ def test_the_file_runs_without_this_project(tmp_path):
     from PIL import Image
 
     predictor = make_predictor(*ONE_LAYER)
-    export(predictor, tmp_path / "model.onnx", size=(64, 64))
+    export(predictor, trace(predictor, size=(64, 64)), tmp_path / "model.onnx")
     pixels = np.random.RandomState(0).randint(0, 255, (80, 100, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'detectron2', 'samdetr'])); import runpy; "
@@ -68,7 +73,7 @@ def test_the_file_runs_without_this_project(tmp_path):
 
 def test_other_endings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.onnx .* or \.pt2"):
-        export(make_predictor(), tmp_path / "model.engine")
+        export(make_predictor(), None, tmp_path / "model.engine")
 
 
 def test_the_description_is_complete():

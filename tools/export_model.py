@@ -21,7 +21,7 @@ from common import add_model_arguments, load_predictor, output_file, run
 from run_exported import open_model
 
 from samdetr.errors import UserError
-from samdetr.export import ExportableModel, export
+from samdetr.export import ExportableModel, export, trace
 from samdetr.predictor import Predictor
 
 
@@ -56,7 +56,7 @@ def main() -> None:
         require("onnx", "onnxscript", "onnxruntime")
     predictor = load_predictor(arguments)
     unchecked = path.with_name(f"{path.stem}.unchecked{path.suffix}")
-    export(predictor, unchecked, tuple(arguments.size))
+    export(predictor, trace(predictor, tuple(arguments.size)), unchecked)
     torch.manual_seed(0)
     for number, size in enumerate(other_sizes(tuple(arguments.size), predictor.model.backbone.size_divisibility), 1):
         difference = largest_difference(predictor, unchecked, size, batch=number)

@@ -5,7 +5,7 @@ import torch
 from detectron2.modeling import build_model
 
 from helpers import load_experiment, tiny_model
-from samdetr.checks import check_fit
+from samdetr.checkpoint import check_fit
 from samdetr.errors import UserError
 
 

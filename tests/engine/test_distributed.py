@@ -13,7 +13,7 @@ from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 
 from helpers import BATCH, DN, ROOT, SMCA, frozen_statistics, make_step, run_steps, tiny_model
-from processes import CONFIG, environment, train_net
+from processes import CONFIG, environment, start_processes, train_net
 from samdetr.modeling.criterion import average_over_processes
 
 # The second of two processes gets images without a single box.
@@ -46,7 +46,7 @@ def train_share(rank, world_size, folder, options, batch, iterations):
 def train_with(world_size, folder, options, batch, iterations=2):
     folder.mkdir()
     arguments = (world_size, str(folder), options, batch, iterations)
-    torch.multiprocessing.spawn(train_share, arguments, nprocs=world_size)
+    start_processes(train_share, arguments, world_size)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
@@ -83,7 +83,7 @@ def average(rank, folder):
 
 @pytest.mark.slow
 def test_normalisers_are_averaged_over_processes(tmp_path):
-    torch.multiprocessing.spawn(average, (str(tmp_path),), nprocs=2)
+    start_processes(average, (str(tmp_path),), 2)
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt").tolist() == [1.5, 1.0]
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Measure how the cost of a step grows with image size, queries, boxes and batch, and draw it.
 
-    tools/measure/growth.py --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --output growth.json --plot docs/growth.png
+    tools/measure/growth.py --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --plot docs/growth.png
 
 One quantity changes at a time, the others stay at --size, --boxes, --batch and the config's number of queries. Time and
-memory are those of ``tools/measure/benchmark.py``; beside them stand the forward pass's multiply-adds (``tools/measure/analyze_model.py``,
+    tools/measure/growth.py --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --plot docs/growth.png
 for one image, without matching and loss), which shows whether anything grows faster than the formula.
 """
 

@@ -12,7 +12,7 @@ from .errors import UserError
 from .modeling.postprocessing import best_pairs
 from .predictor import Predictor
 
-__all__ = ["OUTPUT_NAMES", "ExportableModel", "describe", "export"]
+__all__ = ["OUTPUT_NAMES", "ExportableModel", "describe", "export", "trace"]
 
 OUTPUT_NAMES = ("boxes", "scores", "classes")
 _SMALLEST_SIDE = 64  # of an image, in pixels
@@ -60,54 +60,62 @@ def describe(predictor: Predictor) -> dict:
     }
 
 
-def export(predictor: Predictor, path: str | Path, size: tuple[int, int] = (480, 640)) -> None:
-    """Write the model to a file that runs without this project, for any batch and images of at least 64 pixels per side.
+def trace(predictor: Predictor, size: tuple[int, int] = (480, 640)) -> torch.export.ExportedProgram:
+    """Trace the model for any batch and images of at least 64 pixels per side.
 
     Args:
-        predictor: the model; it is exported from the CPU, in float32.
-        path: ending in ``.onnx`` for ONNX, or in ``.pt2`` for ``torch.export``. The file carries :func:`describe` as JSON:
-            ONNX in its metadata as "samdetr", ``torch.export`` in its extra file "samdetr.json".
-        size: height and width of the image that the model is traced with.
+        predictor: the model; it is traced on the CPU, in float32.
+        size: height and width of the image that it is traced with.
 
     Raises:
-        UserError: the ending is neither, the size is too small, or a package that ONNX needs is missing.
+        UserError: the size is too small, or torch is too old.
     """
-    path = Path(path)
     if min(size) < _SMALLEST_SIDE:
         raise UserError(
             f"size is {size[0]} x {size[1]}: trace with an image of at least {_SMALLEST_SIDE} pixels per side.",
             argument="size",
         )
-    if path.suffix not in (".onnx", ".pt2"):
-        raise UserError(f"{path}: name a file that ends in .onnx (ONNX) or .pt2 (torch.export).", argument="output")
+    # Some facts about shapes hold for every size, but the tracer cannot prove them; it then asserts them at run time.
+    if "prefer_deferred_runtime_asserts_over_guards" not in inspect.signature(torch.export.export).parameters:
+        raise UserError(f"Exporting needs a newer torch than {torch.__version__} (2.14 is known to work).")
     divisor = max(1, predictor.model.backbone.size_divisibility)
     height, width = (-(-side // divisor) * divisor for side in size)
     model = ExportableModel(copy.deepcopy(predictor.model).cpu().float()).eval()
-    images = torch.zeros(2, 3, height, width)
     smallest = max(2, _SMALLEST_SIDE // divisor)
-    batch = torch.export.Dim("batch", min=1)
     sides = [divisor * torch.export.Dim(name, min=smallest) for name in ("rows", "columns")]
-    shapes = {"images": {0: batch, 2: sides[0], 3: sides[1]}}
-    description = json.dumps(describe(predictor))
     with torch.no_grad():
-        # Some facts about shapes hold for every size, but the tracer cannot prove them; it then asserts them at run time.
-        if "prefer_deferred_runtime_asserts_over_guards" not in inspect.signature(torch.export.export).parameters:
-            raise UserError(f"Exporting needs a newer torch than {torch.__version__} (2.14 is known to work).")
-        program = torch.export.export(
+        return torch.export.export(
             model,
-            (images,),
-            dynamic_shapes=shapes,
+            (torch.zeros(2, 3, height, width),),
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1), 2: sides[0], 3: sides[1]}},
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        if path.suffix == ".pt2":
-            torch.export.save(program, path, extra_files={"samdetr.json": description})
-            return
+
+
+def export(predictor: Predictor, program: torch.export.ExportedProgram, path: str | Path) -> None:
+    """Write a traced model to a file that runs without this project.
+
+    Args:
+        predictor: the model, for the file's description.
+        program: of :func:`trace`.
+        path: ending in ``.onnx`` for ONNX, or in ``.pt2`` for ``torch.export``. The file carries :func:`describe` as JSON:
+            ONNX in its metadata as "samdetr", ``torch.export`` in its extra file "samdetr.json".
+
+    Raises:
+        UserError: the ending is neither, or a package that ONNX needs is missing.
+    """
+    path, description = Path(path), json.dumps(describe(predictor))
+    if path.suffix == ".pt2":
+        torch.export.save(program, path, extra_files={"samdetr.json": description})
+    elif path.suffix == ".onnx":
         try:
             exported = torch.onnx.export(
                 program, input_names=["images"], output_names=list(OUTPUT_NAMES), opset_version=20, verbose=False
             )
         except ImportError as error:
             raise UserError(f"Exporting to ONNX needs a package: pip install onnx onnxscript ({error}).") from error
-    exported.model.metadata_props["samdetr"] = description
-    exported.save(path)
+        exported.model.metadata_props["samdetr"] = description
+        exported.save(path)
+    else:
+        raise UserError(f"{path}: name a file that ends in .onnx (ONNX) or .pt2 (torch.export).", argument="output")

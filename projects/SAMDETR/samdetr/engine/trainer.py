@@ -202,6 +202,10 @@ class Trainer(DefaultTrainer):
         write_results(self.cfg, self._last_eval_results, "evaluation.json", f"iteration {self.iter}")
         return self._last_eval_results
 
+    def after_train(self):
+        super().after_train()
+        self._trainer._data_loader_iter_obj = None  # ends the loader's workers now, not at some garbage collection
+
     def resume_or_load(self, resume=True):
         """Resume from the last checkpoint in OUTPUT_DIR, if ``resume`` and there is one; else start from MODEL.WEIGHTS.
 

@@ -1,0 +1,51 @@
+"""The installed package, without a checkout: a wheel holds code and configs."""
+
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+
+import pytest
+
+from processes import ROOT, environment
+
+
+@pytest.mark.slow
+def test_configs_are_found_from_an_installed_wheel(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+        "-w",
+        tmp_path,
+        ".",
+    ]
+    built = subprocess.run([*map(str, command)], cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-3000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
+    found = {
+        str(path.relative_to(tmp_path / "installed" / "samdetr")) for path in (tmp_path / "installed").rglob("*.yaml")
+    }
+    assert found == shipped and len(found) > 30
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path / "installed")!r})
+        import samdetr
+        from samdetr.config import config_folder
+        assert samdetr.__file__.startswith({str(tmp_path)!r}), samdetr.__file__
+        assert str(config_folder()).startswith({str(tmp_path)!r})
+        print(samdetr.load_config("sam_detr_pp_smca_dn_R_50_50ep").SOLVER.MAX_ITER)
+    """
+    variables = {**environment(), "PYTHONPATH": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=variables, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip().endswith("375000")
