@@ -13,6 +13,11 @@ from processes import ROOT, environment
 
 @pytest.mark.slow
 def test_configs_are_found_from_an_installed_wheel(tmp_path):
+    source = tmp_path / "source"  # a copy, since building leaves files behind
+    for name in ("configs", "projects"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, source / name)
     command = [
         sys.executable,
         "-m",

@@ -4,8 +4,9 @@
     tools/measure/growth.py --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --plot docs/growth.png
 
 One quantity changes at a time, the others stay at --size, --boxes, --batch and the config's number of queries. Time and
-    tools/measure/growth.py --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --plot docs/growth.png
-for one image, without matching and loss), which shows whether anything grows faster than the formula.
+memory are those of ``tools/measure/benchmark.py``. Beside them stand the multiply-adds of the forward pass, as counted by
+``tools/measure/analyze_model.py`` (for one image, without matching and loss), which shows whether anything grows faster than
+the formula.
 """
 
 import argparse
