@@ -116,7 +116,8 @@ if __name__ == "__main__":
     try:
         run(default_argument_parser().parse_args())
     except UserError as error:
-        sys.exit(f"error: {error}")
+        option = "--config-file: " if error.argument == "config_file" else ""
+        sys.exit(f"error: {option}{error}")
     except torch.multiprocessing.ProcessExitedException as error:
         # A negative code is that of a signal; otherwise the process has said why.
         sys.exit(f"error: {error}" if error.exit_code < 0 else error.exit_code)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def trained_run(tmp_path_factory):
     folder, printed = shared / "trained" / "run", shared / "trained.txt"
     with alone(shared / "trained.lock"):
         if not printed.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what another worker's attempt has left
             result = train_net("OUTPUT_DIR", folder)
             assert result.returncode == 0, result.stderr[-3000:]
             printed.write_text(result.stdout + result.stderr)

@@ -1,4 +1,4 @@
-"""Run this project's scripts as a user does, each in a process of its own.
+"""Run this project's scripts, each in a process of its own.
 
 The processes are forked from a server that has imported torch, detectron2 and samdetr already, which saves seconds each.
 """
@@ -15,17 +15,18 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "projects" / "SAMDETR"
 TINY_CONFIG = ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml"
 CONFIG = ["--config-file", str(TINY_CONFIG)]
+# The server imports the package of this tree, whatever else is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["samdetr", "detectron2.engine", "detectron2.utils.visualizer", "matplotlib.pyplot"])
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
-    """The environment of a process that uses this tree's package and as many threads as this one."""
-    paths = [str(ROOT / "projects" / "SAMDETR"), os.environ.get("PYTHONPATH", "")]
-    number = str(threads or torch.get_num_threads())
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), "OMP_NUM_THREADS": number}
+    """The environment of a process that uses this tree's package, by default with as many threads as this process."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
 
 
 def _run(script: str, arguments: list[str], folder: str, output: str, variables: dict[str, str]) -> None:
@@ -38,17 +39,19 @@ def _run(script: str, arguments: list[str], folder: str, output: str, variables:
     os.chdir(folder)
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     sys.argv = [script, *arguments]
-    sys.path.insert(0, os.path.dirname(script))
+    # As if started by itself: no folder of the tests or tools that it does not add.
+    own = [path for path in sys.path if Path(path).is_relative_to(ROOT) and ".venv" not in path]
+    sys.path = [os.path.dirname(script), str(PACKAGE), *(path for path in sys.path if path not in own)]
     runpy.run_path(script, run_name="__main__")
 
 
 class Script:
-    """A running script; ``stdout`` and ``stderr`` are files."""
+    """A running script, whose output goes to files."""
 
-    def __init__(self, script, *arguments, cwd=ROOT, threads=None):
+    def __init__(self, script, *arguments, threads=None):
         self._output = tempfile.TemporaryDirectory()
         self.arguments = [str(argument) for argument in arguments]
-        target = (str(ROOT / script), self.arguments, str(cwd), self._output.name, environment(threads))
+        target = (str(ROOT / script), self.arguments, str(ROOT), self._output.name, environment(threads))
         self.process = _CONTEXT.Process(target=_run, args=target)
         self.process.start()
 

@@ -1,4 +1,4 @@
-"""The package's rooms: which part may import which, and that it does not speak of the programs that use it."""
+"""Which part of the package may import which, and that it does not name the programs that use it."""
 
 import ast
 import re

@@ -28,7 +28,11 @@ from samdetr.errors import UserError
         (["MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 7], r"HIDDEN_DIM \(32\) is not divisible by .*NUM_GROUPS \(7\)"),
         (["MODEL.SAMDETR.ALIGNER.REDUCTION", 5], r"HIDDEN_DIM \(32\) is not divisible by .*ALIGNER\.REDUCTION \(5\)"),
         (["MODEL.SAMDETR.ALIGNER.NUM_KEYPOINTS", 3], r"NUM_HEADS \(4\) is not divisible by .*NUM_KEYPOINTS \(3\)"),
-        (["MODEL.SAMDETR.HIDDEN_DIM", 34, "MODEL.SAMDETR.NUM_HEADS", 2], r"HIDDEN_DIM"),
+        (
+            ["MODEL.SAMDETR.HIDDEN_DIM", 34, "MODEL.SAMDETR.NUM_HEADS", 2]
+            + ["MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 2, "MODEL.SAMDETR.ALIGNER.REDUCTION", 2],
+            r"HIDDEN_DIM is 34: it must be a multiple of 4",
+        ),
         (["MODEL.SAMDETR.NUM_QUERIES", 0], r"NUM_QUERIES is 0: it must be at least 1"),
         (["MODEL.SAMDETR.ALIGNER.NUM_KEYPOINTS", -1], r"NUM_KEYPOINTS is -1: it must be at least 0"),
         (["MODEL.SAMDETR.CROSS_ATTENTION.NUM_POINTS", 0], r"CROSS_ATTENTION\.NUM_POINTS is 0"),

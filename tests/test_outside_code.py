@@ -65,7 +65,6 @@ MODEL:
         from samdetr.checks import check_config
         from samdetr.data import build_train_loader
         from samdetr.solver import build_optimizer
-        from samdetr.modeling.structures import AlignedQuery
 
         @samdetr.SEMANTICS_ALIGNER_REGISTRY.register()
         class CentreAligner(nn.Module):

@@ -1,6 +1,7 @@
 """samdetr.predictor: a checkpoint alone suffices, and every kind of image gives the same detections."""
 
 import logging
+import pickle
 import sys
 
 import numpy as np
@@ -18,6 +19,7 @@ from samdetr.predictor import list_images, read_image
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint of a random model, saved as the trainer saves it, and that model."""
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("checkpoint")
     cfg = tiny_config("TEST.DETECTIONS_PER_IMAGE", 15, "INPUT.MIN_SIZE_TEST", 96, "INPUT.MAX_SIZE_TEST", 128)
     model = tiny_model().eval()
@@ -154,6 +156,39 @@ def test_a_checkpoint_of_another_version(checkpoint, tmp_path):
     torch.save(data, tmp_path / "old.pth")
     with pytest.raises(ValueError, match=r"another version of this project .*POOLED_SIZE_OF_OLD"):
         samdetr.load(tmp_path / "old.pth", device="cpu")
+
+
+def test_weights_that_the_options_name(checkpoint, tmp_path):
+    data = torch.load(checkpoint[0], weights_only=True)
+    data["model"] = {name: torch.zeros_like(value) for name, value in data["model"].items()}
+    torch.save(data, tmp_path / "other.pth")
+    predictor = samdetr.load(checkpoint[0], device="cpu", options=["MODEL.WEIGHTS", str(tmp_path / "other.pth")])
+    assert not any(parameter.any() for parameter in predictor.model.parameters())
+    with pytest.raises(UserError, match="pairs of KEY and VALUE, but there are 1"):
+        samdetr.load(checkpoint[0], device="cpu", options=["MODEL.WEIGHTS"])
+
+
+def test_weights_that_are_missing_are_named(checkpoint, tmp_path):
+    cfg = checkpoint[2].clone()
+    for name in ("gone.pth", "gone.pkl"):
+        cfg.MODEL.WEIGHTS = str(tmp_path / name)
+        (tmp_path / "config.yaml").write_text(cfg.dump())
+        with pytest.raises(UserError, match=rf"MODEL\.WEIGHTS .*{name}: there is no such file"):
+            samdetr.load(tmp_path / "config.yaml", device="cpu")
+    with pytest.raises(UserError, match=r"nowhere\.yaml: there is no such file") as error:
+        samdetr.load(tmp_path / "nowhere.yaml")
+    assert error.value.argument == "source"
+
+
+def test_a_pickled_model_of_detectron2_needs_a_config(checkpoint, tmp_path):
+    path, model, cfg = checkpoint
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": weights, "__author__": "somebody"}))
+    with pytest.raises(UserError, match=r"model\.pkl carries no config"):
+        samdetr.load(tmp_path / "model.pkl", device="cpu")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    predictor = samdetr.load(tmp_path / "model.pkl", config_file=tmp_path / "config.yaml", device="cpu")
+    assert equal(predictor(photo()), samdetr.load(path, device="cpu")(photo()))
 
 
 def test_a_config_without_weights_warns_loudly(tmp_path, caplog):

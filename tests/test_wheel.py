@@ -1,5 +1,6 @@
 """The installed package, without a checkout: a wheel holds code and configs."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import zipfile
 
 import pytest
 
-from processes import ROOT, environment
+from processes import PACKAGE, ROOT, environment
 
 
 @pytest.mark.slow
@@ -48,7 +49,8 @@ def test_configs_are_found_from_an_installed_wheel(tmp_path):
         assert str(config_folder()).startswith({str(tmp_path)!r})
         print(samdetr.load_config("sam_detr_pp_smca_dn_R_50_50ep").SOLVER.MAX_ITER)
     """
-    variables = {**environment(), "PYTHONPATH": ""}
+    paths = [path for path in environment()["PYTHONPATH"].split(os.pathsep) if path and path != str(PACKAGE)]
+    variables = {**environment(), "PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=variables, capture_output=True, text=True
     )

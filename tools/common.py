@@ -15,7 +15,10 @@ VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
 SCORE_THRESHOLD = 0.3  # low, because scores of focal loss are lower than a softmax's
 
 # Arguments of the package's functions for which every tool that uses them has an option of that name.
-_OPTIONS = ("class_names", "config_file", "device", "input", "output", "published", "size")
+_OPTIONS = {
+    **{name: f"--{name.replace('_', '-')}" for name in ("class_names", "config_file", "device", "input", "output")},
+    **{"published": "--published", "size": "--size", "source": "--weights"},
+}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -98,7 +101,7 @@ def run(main: Callable[[], int | None], **options: str) -> None:
     try:
         sys.exit(main())
     except UserError as error:
-        named = {**{name: f"--{name.replace('_', '-')}" for name in _OPTIONS}, **options}
+        named = {**_OPTIONS, **options}
         option = f"{named[error.argument]}: " if error.argument in named else ""
         sys.exit(f"error: {option}{error}")
     except OSError as error:

@@ -33,7 +33,15 @@ def convert(source: Path, target: Path, num_classes: int, allow_pickle: bool) ->
     """
     if target.exists():
         raise UserError(f"{target} exists already: remove it or name another output.")
-    checkpoint = Checkpoint.read(source, name="source", allow_objects=allow_pickle)
+    try:
+        checkpoint = Checkpoint.read(source, name="source", allow_objects=allow_pickle)
+    except UserError as error:
+        if error.argument != "allow_objects":
+            raise
+        raise UserError(
+            f"{source} holds Python objects beside tensors, and reading such a file can run code that it carries "
+            f"({error.__cause__}). If you trust its source, add --allow-pickle."
+        ) from error
     try:
         converted = convert_published_state_dict(checkpoint.weights, num_classes)
         config, determined_by = recognize_published(checkpoint.weights, checkpoint.entries, source.name)
@@ -69,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, allow_objects="--allow-pickle")
+    run(main)

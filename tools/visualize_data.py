@@ -34,7 +34,8 @@ def read_config(arguments: argparse.Namespace):
     if arguments.config_file:
         cfg = load_config(arguments.config_file)
     elif arguments.weights:
-        cfg = Checkpoint.read(arguments.weights, name="--weights").config()
+        checkpoint = Checkpoint.read_local(arguments.weights, name="--weights")
+        cfg = checkpoint and checkpoint.config()
     else:
         cfg = None
     if cfg is None:

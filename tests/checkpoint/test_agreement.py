@@ -30,5 +30,5 @@ def test_padding_changes_only_the_backbones_response_at_the_border():
     larger, smaller = (model.predict([image])["pred_logits"][:, 0] for image in images)
     assert (together[:, 0] - larger).abs().max() < 1e-4
     assert 0 < (together[:, 1] - smaller).abs().mean() < 0.12
-    # The published code: 1.7 at most, 0.12 in the mean (tests/data/reference/README.md).
+    # The published code: 1.7 at most, 0.12 in the mean (tests/reference/README.md).
     assert (together[:, 1] - smaller).abs().max() < 1.2

@@ -26,7 +26,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
-def test_another_class_count_starts_anew_and_says_so(tmp_path, caplog):
+def test_another_class_count_starts_from_scratch_and_says_so(tmp_path, caplog):
     options = ["MODEL.SAMDETR.QUERY_GENERATOR.NAME", "DenoisingQueryGenerator", "MODEL.SAMDETR.NUM_CLASSES"]
     trained, model = build_model(tiny_config(*options, 10)), build_model(tiny_config(*options, 3))
     path = tmp_path / "ten.pth"

@@ -13,7 +13,7 @@ from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 
 from helpers import BATCH, DN, ROOT, SMCA, frozen_statistics, make_step, run_steps, tiny_model
-from processes import CONFIG, environment, start_processes, train_net
+from processes import CONFIG, environment, run_script, start_processes
 from samdetr.modeling.criterion import average_over_processes
 
 # The second of two processes gets images without a single box.
@@ -155,7 +155,7 @@ def test_predictions_are_the_same_for_any_number_of_workers_and_processes(tmp_pa
     arguments = ["--eval-only", "MODEL.WEIGHTS", tmp_path / "model.pth", "OUTPUT_DIR"]
     for workers in (0, 2):
         folder = tmp_path / f"workers{workers}"
-        result = train_net(*arguments, folder, "DATALOADER.NUM_WORKERS", workers)
+        result = run_script("train_net.py", *CONFIG, *arguments, folder, "DATALOADER.NUM_WORKERS", workers, threads=1)
         assert result.returncode == 0, result.stderr[-3000:]
     codes, output = train_net_by("torchrun", *arguments, tmp_path / "processes")
     assert codes == [0], output[-3000:]

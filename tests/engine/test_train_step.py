@@ -141,7 +141,7 @@ def test_bfloat16_leaves_padding_out():
     assert (together["pred_boxes"][:, :1] - alone["pred_boxes"]).abs().mean() < 0.02
 
 
-def test_more_parts_than_images_a_process_are_refused_in_words():
+def test_more_parts_than_images_per_process_are_refused_in_words():
     with pytest.raises(UserError, match="more than the 4 images that each process has per step"):
         run_steps(make_step(tiny_model(), BATCH, "SOLVER.ACCUMULATION_STEPS", 6))
 

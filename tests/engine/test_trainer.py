@@ -167,6 +167,16 @@ def test_the_average_follows_its_formula_and_is_what_is_evaluated(tmp_path):
     assert torch.equal(model.query_generator.reference_logits, average)
 
 
+def test_a_damaged_best_checkpoint_does_not_end_a_resumed_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": 12.0}})
+    options = ["DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 2]
+    train_until(start(trainer_config(tmp_path, *options)), 4)
+    (tmp_path / "model_best.pth").write_bytes(b"half")
+    train(trainer_config(tmp_path, *options), resume=True)
+    assert "model_best.pth is truncated, damaged or not a checkpoint" in caplog.text
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["metric"] == 12.0
+
+
 def test_the_best_weights_are_remembered_when_a_run_is_resumed(tmp_path, monkeypatch):
     scores = iter([30.0, 20.0, 25.0, 10.0])
     monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": next(scores)}})

@@ -42,6 +42,7 @@ def test_dc5_needs_the_dilation():
 
 def test_a_norm_that_is_replaced_is_not_folded():
     module = optimize_backbone(Conv2d(6, 8, 3, stride=2, padding=1, bias=False, norm=FrozenBatchNorm2d(8)))
+    assert isinstance(module, FoldedConv2d)
     module.norm = torch.nn.BatchNorm2d(8)
     output = module(torch.randn(4, 6, 9, 7))
     assert module.norm.num_batches_tracked == 1 and output.shape == (4, 8, 5, 4)

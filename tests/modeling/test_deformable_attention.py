@@ -10,7 +10,7 @@ from samdetr.modeling.deformable_attention import (
 
 
 def test_initial_state():
-    """Points start on rays, one direction a head, the p-th point p pixels out, with uniform attention."""
+    """Points start on rays, one direction per head, the p-th point p pixels out, with uniform attention."""
     attention = MultiScaleDeformableAttention(dim=16, num_heads=8, num_levels=2, num_points=3)
     offsets = attention.sampling_offsets.bias.view(8, 2, 3, 2)
     assert torch.allclose(offsets[0, 0], torch.tensor([[1.0, 0], [2, 0], [3, 0]]))

@@ -58,7 +58,7 @@ def test_no_boxes_at_all():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_values_that_are_not_finite_name_the_image(value):
+def test_values_that_are_not_finite_are_reported(value):
     """They are assigned all the same, so that the losses show them."""
     predictions, targets = make_problem()
     predictions.boxes[1, 2, 4, 0] = value

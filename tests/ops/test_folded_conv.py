@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 
 from samdetr.modeling.backbone import FoldedConv2d, optimize_backbone
+from samdetr.ops.folded_conv import folded_conv2d, folded_conv2d_plain
 
 
 def frozen_conv(bias=False):
@@ -37,6 +38,16 @@ def test_folded_norms_change_nothing_but_rounding(bias):
     ]
     for expected, found in zip(*gradients):
         assert torch.allclose(expected, found, rtol=1e-4, atol=1e-4)
+
+
+def test_the_twin_computes_the_same():
+    x, weight = torch.randn(2, 6, 9, 7, requires_grad=True), torch.randn(8, 6, 3, 3, requires_grad=True)
+    scale, shift = torch.randn(8), torch.randn(8, requires_grad=True)
+    results = [f(x, weight, scale, shift, 2, 1, 1, 1) for f in (folded_conv2d, folded_conv2d_plain)]
+    assert torch.allclose(*results, atol=1e-5)
+    gradient = torch.randn_like(results[0])
+    for a, b in zip(*(torch.autograd.grad(result, (x, weight, shift), gradient) for result in results)):
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

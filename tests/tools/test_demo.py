@@ -24,9 +24,9 @@ def test_the_demo_from_start_to_picture(tmp_path):
 
 
 def test_every_tool_is_executable_and_explains_itself():
-    for tool in sorted((ROOT / "tools").glob("*.py")):
+    for tool in sorted((ROOT / "tools").rglob("*.py")):
         text = tool.read_text()
         if text.startswith("#!"):
             assert os.access(tool, os.X_OK), f"{tool} is not executable"
             if tool.name not in ("install.py",):
-                assert f"tools/{tool.name}" in text.split('"""')[1], f"{tool} shows no example"
+                assert str(tool.relative_to(ROOT)) in text.split('"""')[1], f"{tool} shows no example"

@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from helpers import ROOT, load_config, tiny_config
-from processes import run_tool
+from processes import TINY_CONFIG, run_tool
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_analysis_prints_the_papers_row():
 
 @pytest.mark.slow
 def test_analysis_averages_over_a_datasets_images():
-    config = ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml"
+    config = TINY_CONFIG
     mean = run_tool("measure/analyze_model.py", "--config-file", config, "--num-images", 3)
     single = run_tool("measure/analyze_model.py", "--config-file", config, "--size", 64, 64)
     assert mean.returncode == single.returncode == 0, mean.stderr
@@ -100,7 +100,7 @@ def test_analysis_averages_over_a_datasets_images():
 
 @pytest.mark.slow
 def test_benchmark_compares_variants(tmp_path):
-    config = ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml"
+    config = TINY_CONFIG
     variants = ["--variant", "plain", "--variant", "half SOLVER.AMP.ENABLED True"]
     variants += ["--variant", f"same checkout={ROOT} size=96x64 batch=1"]
     few = ["--task", "train", "inference", "--rounds", 1, "--steps", 2, "--warmup", 1, "--size", 64, 64, "--breakdown"]
@@ -133,7 +133,7 @@ def test_benchmark_compares_variants(tmp_path):
     ],
 )
 def test_benchmark_refuses_a_wrong_variant(variant, message):
-    config = ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml"
+    config = TINY_CONFIG
     wrong = run_tool("measure/benchmark.py", "--config-file", config, "--variant", variant, "--variant", "y")
     assert wrong.returncode == 1 and message in wrong.stderr and "Traceback" not in wrong.stderr
 
@@ -157,7 +157,7 @@ def test_padding_is_measured(tmp_path):
 
 @pytest.mark.slow
 def test_growth_is_measured_and_drawn(tmp_path):
-    config = ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml"
+    config = TINY_CONFIG
     values = ["--sizes", 64, 70, 96, "--queries", 5, 10, "--boxes-an-image", 1, "--batches", 1]
     output = ["--output", tmp_path / "growth.json", "--plot", tmp_path / "growth.png"]
     result = run_tool("measure/growth.py", "--config-file", config, "--size", 64, 64, "--steps", 1, *values, *output)

@@ -57,7 +57,7 @@ def test_the_latest_forward_pass_is_recorded():
     assert layers[0].level.size == (12, 8)  # the hooks are gone
 
 
-def test_a_cross_attention_that_does_not_tell(monkeypatch):
+def test_a_cross_attention_that_exposes_no_weights():
     model = tiny_model().eval()
     model.decoder.layers[1].cross_attention = torch.nn.Identity()
     with pytest.raises(ValueError, match="does not expose its attention weights"), record_attention(model):

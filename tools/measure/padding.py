@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="images per batch")
     arguments = parser.parse_args()
     cfg = samdetr.load_config(arguments.config_file, ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0])
-    checkpoint = Checkpoint.read(arguments.weights, name="--weights")
+    checkpoint = Checkpoint.read_local(arguments.weights, name="--weights") or arguments.weights
     model = build_model(cfg)
     CheckedCheckpointer(model, complete=True).load(checkpoint)
     with tempfile.TemporaryDirectory() as folder:

@@ -100,7 +100,7 @@ def use_cross_attention(model, attention, **options) -> None:
     """Use a cross-attention of CROSS_ATTENTION_REGISTRY in every decoder layer."""
     for layer in model.decoder.layers:
         layer.cross_attention = L(attention)(dim=layer.dim, num_heads=layer.num_heads, **options)
-        layer.aligner.predict_scales = "gaussian_beta" in options
+        layer.aligner.predict_scales = "gaussian_beta" in options or getattr(attention, "needs_scales", None) is True
 
 
 def use_smca(model) -> None:

@@ -18,7 +18,7 @@ from .data.digits import DIGITS_DATASETS
 from .errors import UserError, did_you_mean
 from .modeling import CROSS_ATTENTION_REGISTRY, ENCODER_REGISTRY, QUERY_GENERATOR_REGISTRY, SEMANTICS_ALIGNER_REGISTRY
 
-__all__ = ["check_config", "check_model", "check_weights_file"]
+__all__ = ["check_config", "check_model"]
 
 
 def check_config(cfg: CfgNode, *, training: bool, resuming: bool = False) -> None:
@@ -46,7 +46,7 @@ def check_config(cfg: CfgNode, *, training: bool, resuming: bool = False) -> Non
             _check_dataset(key, name, cfg)
     _check_same_classes([*train_names, *cfg.DATASETS.TEST])
     if not resuming:
-        check_weights_file(cfg.MODEL.WEIGHTS)
+        Checkpoint.read_local(cfg.MODEL.WEIGHTS)
 
 
 def check_model(cfg: CfgNode) -> None:
@@ -196,19 +196,3 @@ def _check_dataset(key: str, name: str, cfg: CfgNode) -> None:
                 f"{key_of_number} is {number}, but {name!r} ({key}) has {len(classes)} classes ({some}): set {key_of_number} "
                 f"{len(classes)}."
             )
-
-
-def check_weights_file(path: str) -> None:
-    """Check that ``MODEL.WEIGHTS`` is there and can be read, if it is a file of torch's; others are left to detectron2.
-
-    Raises:
-        UserError: it is missing, damaged, not a checkpoint, or holds objects that are refused for safety.
-    """
-    path = path.split("?")[0]
-    if not path or "://" in path:
-        return
-    if path.endswith(".pkl"):
-        if not PathManager.isfile(path):
-            raise UserError(f"MODEL.WEIGHTS {path}: there is no such file (looked in {os.getcwd()}).")
-        return
-    Checkpoint.read(path)

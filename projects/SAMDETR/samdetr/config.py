@@ -36,8 +36,9 @@ def load_config(file: str | os.PathLike | None, options: Sequence[Any] = ()) -> 
 
     Args:
         file: a YAML file, or the name of one of this project's configs, such as "sam_detr_R_50_1x" or
-            "baselines/detr_R_50_1x", which is found from any working directory. ``_BASE_`` in your own file may be such a
-            name as well ("sam_detr_R_50_1x.yaml"). None for the defaults of detectron2 and of this project.
+            "baselines/detr_R_50_1x", which is found from any working directory. ``_BASE_`` in your own file may name one of
+            them as well ("sam_detr_R_50_1x.yaml"). None for the defaults of detectron2 and of this project. Python tags in
+            YAML, which can run code, are refused.
         options: keys and values, in turn, that replace those of the file.
 
     Returns:
@@ -50,7 +51,7 @@ def load_config(file: str | os.PathLike | None, options: Sequence[Any] = ()) -> 
     if file:
         path = find_config(os.fspath(file))
         try:
-            loaded = CfgNode(_ConfigReader.load_yaml_with_base(path))
+            loaded = CfgNode(_reader(path).load_yaml_with_base(path))
         except Exception as error:  # the errors of YAML, yacs and missing files have no common base
             raise UserError(f"{path}: {type(error).__name__}: {error}", argument="config_file") from error
         _merge(cfg, path, cfg.merge_from_other_cfg, loaded)
@@ -105,15 +106,19 @@ def find_config(file: str) -> str:
     )
 
 
-class _ConfigReader(CfgNode):
-    """Reads YAML files whose ``_BASE_`` is a path relative to the file, or the name of a config in this project's folder."""
+def _reader(path: str) -> type[CfgNode]:
+    """Return a class that reads the YAML file ``path``, and looks for its bases beside it, then in this project's folder."""
+    folder = os.path.dirname(path)
 
-    @classmethod
-    def _open_cfg(cls, filename: str):
-        own = config_folder() / os.path.basename(filename)
-        if not PathManager.isfile(filename) and own.is_file():
-            filename = str(own)
-        return super()._open_cfg(filename)
+    class Reader(CfgNode):
+        @classmethod
+        def _open_cfg(cls, filename: str):
+            own = config_folder() / os.path.relpath(filename, folder or ".")
+            if not PathManager.isfile(filename) and own.is_file():
+                filename = str(own)
+            return super()._open_cfg(filename)
+
+    return Reader
 
 
 def _merge(cfg: CfgNode, source: str, merge, values) -> None:

@@ -153,22 +153,27 @@ def load(
         UserError: a file is missing or unreadable; the checkpoint does not fit the config; or it carries no config and none
             is given.
     """
-    options = [*options, "MODEL.DEVICE", _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))]
+    device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = os.fspath(source)
-    checkpoint = None
     if is_config(source):
-        cfg = load_config(source, options)
-        if Path(cfg.MODEL.WEIGHTS).is_file() and not cfg.MODEL.WEIGHTS.endswith(".pkl"):
-            checkpoint = Checkpoint.read(cfg.MODEL.WEIGHTS)
+        try:
+            cfg = merge_options(load_config(source), options)
+        except UserError as error:
+            raise UserError(str(error), argument="source" if error.argument else None) from error
+        checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS)
     else:
         path = PathManager.get_local_path(source) if "://" in source else source
-        checkpoint = Checkpoint.read(path, name="checkpoint")
-        cfg = load_config(config_file) if config_file is not None else checkpoint.config()
+        checkpoint = Checkpoint.read_local(path, name="checkpoint")
+        cfg = load_config(config_file) if config_file is not None else checkpoint and checkpoint.config()
         if cfg is None:
             raise UserError(
                 f"{source} carries no config: name the one that it was trained with.", argument="config_file"
             )
-        cfg = merge_options(cfg, ["MODEL.WEIGHTS", path, *options])
+        cfg.MODEL.WEIGHTS = path
+        merge_options(cfg, options)
+        if path != cfg.MODEL.WEIGHTS:  # the options name other weights
+            checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS)
+    cfg.MODEL.DEVICE = device
     if cfg.MODEL.META_ARCHITECTURE != "SAMDETR":
         raise UserError(f"{source} is a {cfg.MODEL.META_ARCHITECTURE}; only SAMDETR models can be loaded here.")
     check_model(cfg)

@@ -76,13 +76,28 @@ class Checkpoint:
                         'weights_only=False) and save only its "model" entry.',
                         argument="allow_objects",
                     ) from error
+                details = f": {error}" if isinstance(error, zipfile.BadZipFile) else ""
                 raise UserError(
-                    f"{name} {path} is truncated, damaged or not a checkpoint ({type(error).__name__}: "
-                    f"{_first_line(error)}): copy it again, or name another file."
+                    f"{name} {path} is truncated, damaged or not a checkpoint ({type(error).__name__}{details}): copy it "
+                    "again, or name another file."
                 ) from error
         if not isinstance(entries, dict):
             raise UserError(f"{name} {path} holds a {type(entries).__name__}, not a checkpoint's dict.")
         return cls(entries if "model" in entries else {"model": entries}, path)
+
+    @classmethod
+    def read_local(cls, path: str, *, name: str = "MODEL.WEIGHTS") -> "Checkpoint | None":
+        """Read a file as :meth:`read` does; return None for what is left to detectron2: no path, an address, ``.pkl``.
+
+        Raises:
+            UserError: as of :meth:`read`; a ``.pkl`` file must exist as well.
+        """
+        path = path.split("?")[0]
+        if not path or "://" in path:
+            return None
+        if path.endswith(".pkl") and PathManager.isfile(path):
+            return None
+        return cls.read(path, name=name)
 
     def write(self, path: str | os.PathLike) -> None:
         """Write the file, whole or not at all."""
@@ -177,7 +192,3 @@ def _foreign_objects(file) -> list[str]:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # not a checkpoint at all, or one of torch's old format
         return []
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no details"])[0]

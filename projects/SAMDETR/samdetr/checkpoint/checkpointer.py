@@ -46,8 +46,7 @@ class CheckedCheckpointer(DetectionCheckpointer):
         self.description = description or {}
         self.complete = complete
         self.use_average = use_average
-        self._path = ""
-        self._read: Checkpoint | None = None
+        self._source: str | Checkpoint = ""
 
     def save(self, name: str, *, tag: bool = True, **extra) -> None:
         """Write ``name.pth``.
@@ -69,9 +68,6 @@ class CheckedCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with write_atomically(os.path.join(self.save_dir, "last_checkpoint")) as f:
             f.write(last_filename_basename.encode())
-
-    def has_checkpoint(self) -> bool:
-        return bool(self._resumable_files())
 
     def read_last(self) -> Checkpoint | None:
         """Read the newest checkpoint of a run in ``save_dir`` that is not damaged; None if there is no checkpoint.
@@ -115,22 +111,22 @@ class CheckedCheckpointer(DetectionCheckpointer):
         Returns:
             The entries that were not loaded.
         """
-        self._read = source if isinstance(source, Checkpoint) else None
-        self._path = source.path if isinstance(source, Checkpoint) else source
-        try:
-            return super().load(self._path, *args, **kwargs)
-        finally:
-            self._read = None
+        self._source = source
+        return super().load(self._path, *args, **kwargs)
+
+    @property
+    def _path(self) -> str:
+        return self._source.path if isinstance(self._source, Checkpoint) else self._source
 
     def _torch_load(self, f: str) -> dict:
-        checkpoint = self._read or Checkpoint.read(f)
-        entries = dict(checkpoint.entries)
+        checkpoint = self._source if isinstance(self._source, Checkpoint) else Checkpoint.read(f)
+        weights = checkpoint.weights
         if self.use_average and checkpoint.average is not None:
             logger.info("Using the moving average of the weights in %s.", f)
-            entries["model"] = checkpoint.average
+            weights = checkpoint.average
         elif self.use_average:
             logger.warning("%s holds no moving average of the weights: using its weights.", f)
-        return entries
+        return {**checkpoint.entries, "model": dict(weights)}  # copies, since fvcore takes entries out
 
     def _load_model(self, checkpoint: dict):
         if not checkpoint.get("matching_heuristics", False):

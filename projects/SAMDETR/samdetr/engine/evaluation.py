@@ -28,14 +28,15 @@ class _KeepingEvaluator(COCOEvaluator):
         return super()._derive_coco_results(coco_eval, iou_type, class_names)
 
 
-def build_evaluator(dataset_name: str, output_dir: str | None) -> COCOEvaluator:
-    """Build the evaluator of boxes that every evaluation here uses.
+def build_evaluator(dataset_name: str, output_dir: str | None, tasks: tuple[str, ...] | None = None) -> COCOEvaluator:
+    """Build the evaluator that every evaluation here uses.
 
     Args:
         dataset_name: name of a registered dataset.
-        output_dir: where to write the detections; None for nowhere.
+        output_dir: where to write the detections; None not to write them.
+        tasks: such as "bbox"; None for whatever the model predicts.
     """
-    return _KeepingEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
+    return _KeepingEvaluator(dataset_name, tasks=tasks, output_dir=output_dir)
 
 
 def write_results(cfg, results: dict, name: str, weights: str) -> None:
@@ -81,7 +82,7 @@ def evaluate_images(
     """
     records = DatasetCatalog.get(dataset_name)[:max_images]
     wanted, found = {record["image_id"] for record in records}, {}
-    evaluator = build_evaluator(dataset_name, output_dir=None)
+    evaluator = build_evaluator(dataset_name, output_dir=None, tasks=("bbox",))
     evaluator.reset()
     progress = tqdm(total=len(records), unit="image")
     for batch in build_test_loader(cfg, dataset_name):

@@ -41,8 +41,10 @@ class KeepBest(HookBase):
     def before_train(self):
         path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
         if self.trainer.start_iter > 0 and PathManager.isfile(path):
-            metric = Checkpoint.read(path, name="The best checkpoint").metric
-            self.best = -math.inf if metric is None else metric
+            try:
+                self.best = Checkpoint.read(path, name="The best checkpoint").metric or -math.inf
+            except UserError as error:
+                logger.error("%s The next evaluation replaces it.", error)
 
     def after_step(self):
         next_iter = self.trainer.iter + 1

@@ -203,10 +203,10 @@ class SAMDETR(nn.Module):
         image = [i for i, x in enumerate(instances) for _ in range(len(x))]
         image = torch.tensor(image, dtype=torch.long, device=boxes.device)
         sizes = torch.tensor([x.image_size[::-1] * 2 for x in instances]).to(boxes)  # (width, height) twice
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes = xyxy_to_cxcywh(boxes) / sizes[image]
+        keep = (boxes[:, 2:] > 0).all(1)
         labels, boxes, image = labels[keep], boxes[keep], image[keep]
         counts = torch.bincount(image, minlength=len(instances)).tolist()
-        boxes = xyxy_to_cxcywh(boxes) / sizes[image]
         return [
             ImageTarget(*target)
             for target in zip(labels.to(self.device).split(counts), boxes.to(self.device).split(counts))
