@@ -22,7 +22,7 @@ DETECTRON2_REPOSITORY = "https://github.com/facebookresearch/detectron2"
 
 
 def detectron2_requirement() -> list[str]:
-    """The requirement that brings detectron2, if it is not there."""
+    """Return the requirement that installs detectron2, or nothing if it is installed already."""
     installed = find_spec("detectron2")
     if installed is not None and installed.origin is not None:  # not just a folder of that name
         return []

@@ -12,6 +12,12 @@ from samdetr.data import register_coco_format
 from samdetr.errors import UserError
 
 
+ODD_WIDTH = [
+    *("MODEL.SAMDETR.HIDDEN_DIM", 34, "MODEL.SAMDETR.NUM_HEADS", 2),
+    *("MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 2, "MODEL.SAMDETR.ALIGNER.REDUCTION", 2),
+]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -29,8 +35,7 @@ from samdetr.errors import UserError
         (["MODEL.SAMDETR.ALIGNER.REDUCTION", 5], r"HIDDEN_DIM \(32\) is not divisible by .*ALIGNER\.REDUCTION \(5\)"),
         (["MODEL.SAMDETR.ALIGNER.NUM_KEYPOINTS", 3], r"NUM_HEADS \(4\) is not divisible by .*NUM_KEYPOINTS \(3\)"),
         (
-            ["MODEL.SAMDETR.HIDDEN_DIM", 34, "MODEL.SAMDETR.NUM_HEADS", 2]
-            + ["MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 2, "MODEL.SAMDETR.ALIGNER.REDUCTION", 2],
+            ODD_WIDTH,
             r"HIDDEN_DIM is 34: it must be a multiple of 4",
         ),
         (["MODEL.SAMDETR.NUM_QUERIES", 0], r"NUM_QUERIES is 0: it must be at least 1"),

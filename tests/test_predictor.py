@@ -106,7 +106,7 @@ def test_channel_order_follows_the_config(checkpoint):
     [
         (np.zeros((4, 4, 3)), "of float64"),
         (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)"),
-        (np.zeros((0, 4, 3), np.uint8), "has pixels"),
+        (np.zeros((0, 4, 3), np.uint8), "at least one pixel"),
     ],
 )
 def test_arrays_that_are_no_images(array, message):

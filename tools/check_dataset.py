@@ -56,7 +56,7 @@ class Report:
         return any(kind in FATAL for kind in self.counts)
 
     def lines(self) -> list[str]:
-        """What to print, the fatal first."""
+        """Return the lines to print, fatal problems first."""
         lines = []
         for kind in sorted(self.counts, key=lambda kind: (kind not in FATAL, kind)):
             level = "ERROR" if kind in FATAL else "warning"

@@ -14,7 +14,7 @@ IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tif
 VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
 SCORE_THRESHOLD = 0.3  # low, because scores of focal loss are lower than a softmax's
 
-# Arguments of the package's functions for which every tool that uses them has an option of that name.
+# Arguments of the package's functions, and the options that the tools offer for them.
 _OPTIONS = {
     **{name: f"--{name.replace('_', '-')}" for name in ("class_names", "config_file", "device", "input", "output")},
     **{"published": "--published", "size": "--size", "source": "--weights"},

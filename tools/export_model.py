@@ -7,7 +7,7 @@
 
 The file is checked before this tool ends: at three sizes other than the one it was traced at, and with one to three images,
 its outputs must be those of the model, to 1e-4. Its input is ``images`` (batch, 3, rows, columns), float32 in 0 to 255,
-already resized; its outputs are ``boxes`` (batch, N, 4) as (x0, y0, x1, y1) in [0, 1], ``scores`` and ``classes``
+already resized; its outputs are ``boxes`` (batch, N, 4) as (x0, y0, x1, y1), normalised, unclipped, ``scores`` and ``classes``
 (batch, N), best first. Class names and input sizes are in its metadata. ONNX needs: pip install onnx onnxscript onnxruntime
 """
 

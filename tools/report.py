@@ -52,7 +52,7 @@ def picture(array: np.ndarray) -> str:
 
 
 def drawing(figure: Figure) -> str:
-    """Return a figure as an SVG element."""
+    """Return a figure as an HTML element that carries its own SVG data."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     text = buffer.getvalue()

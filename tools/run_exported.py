@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 
 def open_model(path: Path) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]], dict]:
-    """A function from images (B, 3, H, W) to the named outputs, and the file's description."""
+    """Return a function that maps images (B, 3, H, W) to the named outputs, and the file's description."""
     if path.suffix == ".onnx":
         import onnxruntime
 

@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--config-file", help="whose DATASETS.TRAIN to draw")
     parser.add_argument("--weights", help="a checkpoint of this project: draw what it was trained on")
     parser.add_argument("--num-images", type=int, default=8)
-    parser.add_argument("--output", required=True, help="PNG or SVG file")
+    parser.add_argument("--output", required=True, help="PNG, SVG or PDF file")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options, KEY VALUE")
     arguments = parser.parse_args()
     if arguments.num_images < 1:

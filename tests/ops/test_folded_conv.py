@@ -43,7 +43,7 @@ def test_folded_norms_change_nothing_but_rounding(bias):
 def test_the_twin_computes_the_same():
     x, weight = torch.randn(2, 6, 9, 7, requires_grad=True), torch.randn(8, 6, 3, 3, requires_grad=True)
     scale, shift = torch.randn(8), torch.randn(8, requires_grad=True)
-    results = [f(x, weight, scale, shift, 2, 1, 1, 1) for f in (folded_conv2d, folded_conv2d_plain)]
+    results = [f(x, weight, scale, shift, (2, 2), (1, 1), (1, 1), 1) for f in (folded_conv2d, folded_conv2d_plain)]
     assert torch.allclose(*results, atol=1e-5)
     gradient = torch.randn_like(results[0])
     for a, b in zip(*(torch.autograd.grad(result, (x, weight, shift), gradient) for result in results)):

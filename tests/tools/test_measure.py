@@ -158,7 +158,7 @@ def test_padding_is_measured(tmp_path):
 @pytest.mark.slow
 def test_growth_is_measured_and_drawn(tmp_path):
     config = TINY_CONFIG
-    values = ["--sizes", 64, 70, 96, "--queries", 5, 10, "--boxes-an-image", 1, "--batches", 1]
+    values = ["--sizes", 64, 70, 96, "--queries", 5, 10, "--boxes-per-image", 1, "--batches", 1]
     output = ["--output", tmp_path / "growth.json", "--plot", tmp_path / "growth.png"]
     result = run_tool("measure/growth.py", "--config-file", config, "--size", 64, 64, "--steps", 1, *values, *output)
     assert result.returncode == 0, result.stderr

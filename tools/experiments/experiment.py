@@ -1,4 +1,4 @@
-"""What an experiment is: a YAML file of runs in groups, each run one config with several seeds, and their curves."""
+"""Read an experiment (a YAML file of runs in groups, each run one config with several seeds), and its runs' curves."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +90,7 @@ def differences(cfg, folder: Path) -> list[str]:
 
 
 def flatten(node: dict, prefix: str = "") -> dict:
-    """Nested keys, joined by dots."""
+    """Return the values of a nested dict by their keys, joined by dots."""
     result = {}
     for key, value in node.items():
         result.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
@@ -107,7 +107,7 @@ def read_curve(folder: Path, max_iter: int) -> list[list[float]]:
     except UserError:  # one unfinished line
         return []
     times = sorted(value for _, _, value in metrics.get("time", [(0, 0, 0.0)]))
-    step_time = times[len(times) // 10]
+    step_time = times[len(times) // 10]  # of an undisturbed step, see run_experiments.py
     # detectron2 counts from 0 during training, and names the last evaluation by the number of steps.
     curve = {min(int(i) + 1, max_iter): 0.0 if ap != ap else ap for i, _, ap in metrics.get("bbox/AP", [])}
     return [[step, round(step * step_time, 2), round(ap, 3)] for step, ap in curve.items()]

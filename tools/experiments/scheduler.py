@@ -16,7 +16,7 @@ from samdetr.errors import UserError
 
 
 def check_run(entry: Run, cfg) -> None:
-    """Refuse now what would come to light hours later."""
+    """Refuse a run whose mistakes would otherwise come to light hours later."""
     register_coco_format(cfg)
     check_config(cfg, training=True)
     if not 0 < cfg.TEST.EVAL_PERIOD <= cfg.SOLVER.MAX_ITER:

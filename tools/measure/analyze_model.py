@@ -80,12 +80,12 @@ def matmul_flops(inputs: list, outputs: list) -> Counter:
 
 
 def pooled_zeros(features, rows, columns):
-    """Replace RoIAlign, at no cost."""
+    """Return zeros in place of RoIAlign, to count a model without it."""
     return features.new_zeros([int(n) for n in (*rows.shape[:3], columns.shape[2], features.shape[-1])])
 
 
 def sampled_zeros(features, rows, columns):
-    """Replace RoIAlign followed by bilinear sampling, at no cost."""
+    """Return zeros in place of RoIAlign followed by bilinear sampling."""
     return features.new_zeros([int(n) for n in (*rows.shape[:2], features.shape[-1])])
 
 
@@ -214,13 +214,13 @@ def print_published(path: Path, size: tuple[int, int]) -> None:
     rows = []
     for row in csv.DictReader(path.read_text().splitlines()):
         config = config_of_row(row)
-        here = ["", "", "no config here", ""]
+        here = ["", "", "no config here"]
         if config is not None:
             cfg = samdetr.load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
             model = build_model(cfg).eval()
             flops, parameters = count_flops(model, *size), count_parameters(model)["total"][0]
             name = str(config.relative_to(config_folder()).with_suffix(""))
-            here = [f"{parameters / 1e6:.1f}", f"{flops['total'] / 1e9:.0f}", f"`{name}`", "not trained here"]
+            here = [f"{parameters / 1e6:.1f}", f"{flops['total'] / 1e9:.0f}", f"`{name}`"]
         paper = [
             row["params_M"],
             row["gflops"],
@@ -234,7 +234,7 @@ def print_published(path: Path, size: tuple[int, int]) -> None:
         rows.append([row["method"], *paper, *here])
         print(f"{row['method']}: done", file=sys.stderr)
     headers = ["method", "params (M)", "GFLOPs", "AP", "AP50", "AP75", "APs", "APm", "APl"]
-    headers += ["params (M) here", "GFLOPs here", "config", "AP here"]
+    headers += ["params (M) here", "GFLOPs here", "config"]
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 

@@ -12,7 +12,7 @@ zoo will do), ``checkout=FOLDER`` (another checkout of this project, which measu
 ``size=HEIGHTxWIDTH``, ``batch=N`` and ``boxes=N``.
 
 Tasks: ``train`` is a whole training step with the optimizer, ``gradients`` forward, loss and backward alone, ``inference``
-images to detections. All on random images with random boxes and random weights.
+images to detections. All use random images, random boxes and random weights.
 
 Each measurement is a process of its own (so that its peak memory is its own). The variants take turns, round by round, so
 that a machine that slows down slows all of them down. Memory is the peak resident size above that before the first step
@@ -200,14 +200,14 @@ def resident_kibibytes() -> float:
 def measure(
     cfg, task: str, size: tuple[int, int], batch: int, boxes: int, warmup: int, steps: int, with_breakdown: bool
 ) -> dict:
-    """Do a few steps.
+    """Measure a few steps of one task.
 
     Returns:
         ``seconds`` (median of a step), ``mebibytes`` (peak above the start) and, if asked for, ``breakdown`` (seconds by
         part).
     """
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # as train_net.py does
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     model = build_model(cfg).train(task != "inference")
     step = make_step(cfg, task, model, RandomBatches(batch, size, boxes, number_of_classes(cfg)[1] or 1))

@@ -27,7 +27,7 @@ def make_variants(arguments: argparse.Namespace) -> dict[str, list[tuple[float, 
     words = {
         "image side": [(side, f"size={side}x{side}") for side in pixels],
         "queries": [(number, f"{QUERIES} {number}") for number in arguments.queries],
-        "boxes": [(number, f"boxes={number}") for number in arguments.boxes_an_image],
+        "boxes": [(number, f"boxes={number}") for number in arguments.boxes_per_image],
         "batch": [(number, f"batch={number}") for number in arguments.batches],
     }
     return {
@@ -71,7 +71,7 @@ def main() -> None:
         "--sizes", type=int, nargs="+", default=[256, 384, 512, 640, 768], help="sides of square images"
     )
     parser.add_argument("--queries", type=int, nargs="+", default=[100, 300, 600, 900])
-    parser.add_argument("--boxes-an-image", type=int, nargs="+", default=[1, 10, 50, 100])
+    parser.add_argument("--boxes-per-image", type=int, nargs="+", default=[1, 10, 50, 100])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--plot", required=True, help="PNG or SVG file")
     arguments = parser.parse_args()

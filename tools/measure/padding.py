@@ -65,7 +65,7 @@ def main() -> None:
         write_cut_images(cfg.DATASETS.TEST[0], Path(folder))
         register_coco_instances("cut", {}, f"{folder}/cut.json", folder)
         cfg.DATASETS.TEST = ("cut",)
-        # Neither enlarged nor reduced, so that sizes differ.
+        # Do not resize the images, so that their sizes differ.
         cfg.INPUT.MIN_SIZE_TEST = 0
         cfg.OUTPUT_DIR = folder
         for batch in (1, arguments.batch):

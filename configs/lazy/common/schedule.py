@@ -38,7 +38,7 @@ train = dict(
     amp=dict(enabled=False),
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=5000, max_to_keep=None),
-    eval_period=7500,  # an epoch
+    eval_period=7500,  # one epoch
     log_period=20,
     device="cuda",
 )

@@ -30,7 +30,7 @@ def check_config(cfg: CfgNode, *, training: bool, resuming: bool = False) -> Non
         resuming: whether it resumes from a checkpoint of its own, so that ``MODEL.WEIGHTS`` is not used.
 
     Raises:
-        UserError: naming the key, what was found, and what to do.
+        UserError: something is wrong; the message names the key, what was found, and what to do.
     """
     check_model(cfg)
     _check_precision(cfg)
@@ -50,7 +50,7 @@ def check_config(cfg: CfgNode, *, training: bool, resuming: bool = False) -> Non
 
 
 def check_model(cfg: CfgNode) -> None:
-    """Check the names and numbers that the model is built from; errors as of :func:`check_config`."""
+    """Check the names and numbers that the model is built from; for errors see :func:`check_config`."""
     _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
     if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
@@ -87,7 +87,7 @@ def _check_same_classes(names: list[str]) -> None:
 
 
 def _classes_of(name: str) -> list[str] | None:
-    """Return the classes of a registered dataset, from its metadata or its annotation file; None if neither tells."""
+    """Return the classes of a registered dataset, from its metadata or its annotation file; None if neither names them."""
     metadata = MetadataCatalog.get(name)
     classes, json_file = metadata.get("thing_classes"), metadata.get("json_file")
     if classes is None and json_file and PathManager.isfile(json_file):

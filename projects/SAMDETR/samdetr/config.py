@@ -1,4 +1,4 @@
-"""Every config key that this project adds to detectron2's, and the way to a config.
+"""Every config key that this project adds to detectron2's, and the functions that load configs.
 
 :func:`load_config` reads a YAML file or one of this project's configs by name.
 """
@@ -39,7 +39,7 @@ def load_config(file: str | os.PathLike | None, options: Sequence[Any] = ()) -> 
             "baselines/detr_R_50_1x", which is found from any working directory. ``_BASE_`` in your own file may name one of
             them as well ("sam_detr_R_50_1x.yaml"). None for the defaults of detectron2 and of this project. Python tags in
             YAML, which can run code, are refused.
-        options: keys and values, in turn, that replace those of the file.
+        options: alternating keys and values that replace those of the file.
 
     Returns:
         The full config; not frozen.
@@ -59,7 +59,7 @@ def load_config(file: str | os.PathLike | None, options: Sequence[Any] = ()) -> 
 
 
 def merge_options(cfg: CfgNode, options: Sequence[Any]) -> CfgNode:
-    """Set keys of ``cfg`` in place, and return it; arguments and errors as of :func:`load_config`."""
+    """Set keys of ``cfg`` in place, and return it; for arguments and errors see :func:`load_config`."""
     if len(options) % 2:
         raise UserError(f"Options come as pairs of KEY and VALUE, but there are {len(options)} of them.")
     _merge(cfg, "the options", cfg.merge_from_list, list(options))
@@ -67,7 +67,7 @@ def merge_options(cfg: CfgNode, options: Sequence[Any]) -> CfgNode:
 
 
 def parse_config(text: str) -> CfgNode:
-    """Return the full config of a dumped one, such as a checkpoint carries.
+    """Return the full config that a text dumped by ``CfgNode.dump`` describes, such as a checkpoint carries.
 
     Raises:
         UserError: it is not a config, or has keys that do not exist.
@@ -91,7 +91,7 @@ def find_config(file: str) -> str:
     """Return the path of a config file: ``file`` itself if it exists, else this project's config of that name.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is no such file, and no config of that name.
     """
     if PathManager.isfile(file):
         return file
@@ -168,7 +168,7 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     """
     node = cfg.MODEL.SAMDETR = CfgNode()
 
-    # Number of object classes. The one number behind class heads, matcher, loss and label embedding.
+    # Number of object classes. Class heads, label embedding and the check of labels all read it.
     node.NUM_CLASSES = 80
     # The backbone's outputs to use, from the finest to the coarsest; several make the multi-scale model.
     node.IN_FEATURES = ["res5"]
@@ -219,7 +219,7 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.ALIGNER = CfgNode()
     # A name in SEMANTICS_ALIGNER_REGISTRY: SemanticsAligner, or IdentityAligner for baselines without it.
     node.ALIGNER.NAME = "SemanticsAligner"
-    # Keypoints per query; must divide NUM_HEADS, and is shared by as many heads. 0 means one per head, as published.
+    # Keypoints per query; must divide NUM_HEADS, and equally many heads share each. 0 means one per head, as published.
     node.ALIGNER.NUM_KEYPOINTS = 0
     # Number of RoIAlign's bins along each side of a reference box.
     node.ALIGNER.POOLED_SIZE = 7
@@ -268,7 +268,7 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # Process each step's IMS_PER_BATCH images in this many parts, one after the other. The gradients are those of the whole
     # batch, in less memory (BatchNorm that is not frozen sees each part by itself).
     cfg.SOLVER.ACCUMULATION_STEPS = 1
-    # Exponential moving average of the weights, which is then what is evaluated. Each step, the average keeps a share of DECAY.
+    # Exponential moving average of the weights, which is then evaluated: average = DECAY * average + (1 - DECAY) * weights.
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9998
@@ -279,8 +279,8 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # response at the padded border changes results slightly (docs/training.md).
     cfg.TEST.IMS_PER_BATCH = 1
 
-    # What to do when a training image cannot be read: "stop", or "skip", which uses another image instead, counts, and stops
-    # after MAX_UNREADABLE_IMAGES different ones.
+    # What to do when a training image cannot be read: "stop", or "skip", which uses another image instead, and stops
+    # when more than MAX_UNREADABLE_IMAGES different images cannot be read.
     cfg.DATALOADER.UNREADABLE_IMAGES = "stop"
     cfg.DATALOADER.MAX_UNREADABLE_IMAGES = 100
 

@@ -37,8 +37,8 @@ class ExportableModel(nn.Module):
                 multiples of the backbone's ``size_divisibility``, if it has one.
 
         Returns:
-            The n best detections of each image: boxes (B, n, 4) as (x0, y0, x1, y1), in [0, 1] inside the image, scores
-            (B, n) in (0, 1), classes (B, n) int64.
+            The n best detections of each image: boxes (B, n, 4) as (x0, y0, x1, y1), normalised, not clipped; scores
+            (B, n) in (0, 1); classes (B, n) int64.
         """
         model = self.model
         predictions, _ = model.decode((images - model.pixel_mean) / model.pixel_std, image_sizes=None, targets=None)

@@ -50,7 +50,7 @@ def read_image(source: ImageSource) -> np.ndarray:
                 f"{source.dtype}."
             )
         if not source.size:
-            raise UserError(f"An image has pixels; this array is {source.shape}.")
+            raise UserError(f"An image needs at least one pixel, but this array is {source.shape}.")
         return source if source.ndim == 3 else np.repeat(source[..., None], 3, axis=2)
     if isinstance(source, Image.Image):
         return convert_PIL_to_numpy(source, "RGB")
@@ -147,7 +147,7 @@ def load(
             :func:`samdetr.load_config`.
         class_names: the classes' names, if the checkpoint carries none.
         device: where to run, "cpu" or "cuda"; by default CUDA if there is any.
-        options: config keys and values, in turn, that replace those of the config.
+        options: alternating keys and values that replace those of the config.
 
     Raises:
         UserError: a file is missing or unreadable; the checkpoint does not fit the config; or it carries no config and none
@@ -180,7 +180,7 @@ def load(
     model = build_model(cfg)
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: this model has RANDOM weights. Load a checkpoint instead.")
-    # What was evaluated in training is what predicts: the averaged weights, if there are any.
+    # Predict with the weights that training evaluates: the averaged ones, if there are any.
     use_average = cfg.SOLVER.EMA.ENABLED and checkpoint is not None and checkpoint.average is not None
     CheckedCheckpointer(model, complete=True, use_average=use_average).load(checkpoint or cfg.MODEL.WEIGHTS)
     names, ids = _classes_of_dataset(cfg)
@@ -205,7 +205,7 @@ def is_config(source: str | os.PathLike) -> bool:
 
 
 def _classes_of_dataset(cfg: CfgNode) -> tuple[list[str] | None, list[int] | None]:
-    """Return class names and category ids of the config's dataset, if its classes are known here; else None twice."""
+    """Return class names and category ids of the config's dataset, or (None, None) if its classes are not known."""
     with contextlib.suppress(UserError):  # its files need not be on this machine
         register_coco_format(cfg)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):

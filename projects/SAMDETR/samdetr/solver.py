@@ -48,7 +48,7 @@ class FullModelClippingAdamW(torch.optim.AdamW):
 
 
 def backbone_lr_factor(name: str, multiplier: float) -> float:
-    """Return the factor of the learning rate for a parameter of that name: ``multiplier`` in the backbone, else 1."""
+    """Return the learning-rate factor of the parameter ``name``: ``multiplier`` in the backbone, else 1."""
     return multiplier if name.startswith("backbone.") else 1.0
 
 
@@ -93,7 +93,7 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
-    """Keep this optimizer fused or not, whatever the checkpoint's was."""
+    """Keep this optimizer's own setting of ``fused`` when it loads a checkpoint."""
     own = optimizer.param_groups
     groups = [{**group, "fused": mine["fused"]} for group, mine in zip(state_dict["param_groups"], own)]
     return {**state_dict, "param_groups": groups}

@@ -49,7 +49,7 @@ class Checkpoint:
         """Read a file, opening it once, and verify the checksums of its contents.
 
         Args:
-            path: of the file, on this machine. The names of tensors alone, without ``model`` around them, are accepted.
+            path: of the file, on this machine. A plain dict of tensors, without the entry ``model``, is accepted as well.
             name: what to call the file in a message: the key or argument that names it.
             allow_objects: whether to load Python objects other than tensors and plain containers, which can run code.
 

@@ -1,6 +1,6 @@
 """The authors' published checkpoints: their parameters under this project's names, and the config that fits.
 
-The published single-scale and multi-scale models name their parts alike; shapes tell what differs.
+The published single-scale and multi-scale models share their parameter names; their shapes tell the variants apart.
 """
 
 import re

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class TrainLoader(DataLoader):
     """An endless loader that yields this process's share of each batch.
 
-    What it yields depends on the seed and on the number of the batch only, so that a run can be entered anywhere, with any
+    What it yields depends on the seed and on the number of the batch only, so that a run can resume at any step, with any
     number of workers.
     """
 
@@ -51,7 +51,7 @@ class TrainLoader(DataLoader):
         self.batch_sampler.start = start
 
     def epoch(self, batches: int) -> float:
-        """Return how many times so many batches, of all processes together, go through the images."""
+        """Return the number of epochs in ``batches`` batches (of all processes together)."""
         return batches * self.batch_sampler.batch_size / self.batch_sampler.size
 
 

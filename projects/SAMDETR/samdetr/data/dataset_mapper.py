@@ -9,7 +9,7 @@ __all__ = ["DetrDatasetMapper", "build_train_augmentation"]
 
 
 class RandomApply(T.RandomApply):
-    """detectron2's, with a name that says in the log what it applies."""
+    """detectron2's ``RandomApply``, whose text in the log says what it applies."""
 
     def __repr__(self):
         return f"RandomApply({self.aug}, prob={self.prob})"

@@ -1,4 +1,4 @@
-"""The embedded dataset ``digits_train`` / ``digits_val``: handwritten digits on photographs, made without a network.
+"""The embedded dataset ``digits_train`` / ``digits_val``: handwritten digits on photographs, made offline.
 
 Real scans of handwritten digits (8 x 8 pixels, from scikit-learn's bundled copy of the UCI set) are scaled, rotated, coloured
 and pasted over crops of scikit-learn's two bundled photographs, sometimes overlapping. Training and validation use different

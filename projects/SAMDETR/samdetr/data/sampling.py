@@ -2,7 +2,7 @@
 
 detectron2's samplers and workers carry state that a checkpoint does not hold: the position in the stream, the images that
 wait in an aspect ratio's bucket, the workers' random generators. Here a batch is computed from the seed and its number, and
-a sample's augmentation from the seed and the sample's place in the stream. So a run can be entered anywhere, with any number
+a sample's augmentation from the seed and the sample's place in the stream. So a run can resume at any step, with any number
 of workers, and several processes share the batches that one process would have.
 """
 
@@ -62,7 +62,7 @@ class TrainingBatchSampler(Sampler):
             size: number of images.
             batch_size: images per batch, of all processes together.
             seed: of the shuffling.
-            wide: for each image whether it is wider than high, to batch like with like (less padding); None not to do so.
+            wide: for each image whether it is wider than high, so that like shapes share batches; None for no grouping.
             rank, world_size: number of this process, and how many there are.
 
         Raises:

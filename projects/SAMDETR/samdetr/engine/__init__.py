@@ -1,4 +1,4 @@
-"""Training and evaluation: detectron2's trainer with what a long run needs."""
+"""Training and evaluation: detectron2's trainer with exact resuming, mixed precision and averaged weights."""
 
 from .evaluation import evaluate_images
 from .trainer import Trainer, evaluate

@@ -1,4 +1,4 @@
-"""Evaluate detections: the evaluator, what is written about it, and an evaluation image by image."""
+"""Evaluate detections by COCO's metrics, write the results to a file, and score each image by itself."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def build_evaluator(dataset_name: str, output_dir: str | None, tasks: tuple[str,
 
 
 def write_results(cfg, results: dict, name: str, weights: str) -> None:
-    """Write results, and whose they are, to a file in OUTPUT_DIR, on the main process."""
+    """Write results, with the weights and datasets that they belong to, to a file in OUTPUT_DIR, on the main process."""
     if comm.is_main_process():
         with PathManager.open(os.path.join(cfg.OUTPUT_DIR, name), "w") as f:
             json.dump({"weights": weights, "datasets": list(cfg.DATASETS.TEST), "results": results}, f, indent=1)
@@ -48,7 +48,7 @@ def write_results(cfg, results: dict, name: str, weights: str) -> None:
 
 @dataclass
 class ImageEvaluation:
-    """COCO's evaluation of the detections, and what belongs to each image.
+    """COCO's evaluation of a dataset, with the detections and the F1 of each image.
 
     Attributes:
         records: the dataset's records, in detectron2's standard format.
@@ -68,7 +68,7 @@ class ImageEvaluation:
 def evaluate_images(
     cfg, model: torch.nn.Module, dataset_name: str, max_images: int | None, score_threshold: float
 ) -> ImageEvaluation:
-    """Evaluate a model as a training run does, and keep what each image got.
+    """Evaluate a model as a training run does, and keep the detections and the F1 of each image.
 
     Args:
         cfg: the model's config.
@@ -96,7 +96,7 @@ def evaluate_images(
         progress.update(len(pairs))
     progress.close()
     if not any(len(instances) for instances in found.values()):
-        raise UserError("The model detects nothing at all: is it trained?")
+        raise UserError("The model detects nothing at all: name the weights of a trained model.")
     results = evaluator.evaluate(img_ids=sorted(wanted))["bbox"]
     precision = evaluator.coco_eval.eval["precision"][..., 0, -1]  # (IoU, recall, K); -1: a class without boxes
     has_boxes = (precision >= 0).all((0, 1))

@@ -30,7 +30,7 @@ def step_seed(seed: int, iteration: int, rank: int) -> int:
 class TrainStep(SimpleTrainer):
     """One step of training, in place of detectron2's SimpleTrainer and AMPTrainer.
 
-    Every step is seeded anew, by the run's seed, the iteration and the process, so that a resumed run draws the same numbers.
+    Each step is seeded by the run's seed, the iteration and the process, so that a resumed run draws the same numbers.
     """
 
     def __init__(self, cfg, model, data_loader, optimizer):
@@ -118,7 +118,7 @@ class TrainStep(SimpleTrainer):
     def _handle_non_finite(
         self, losses: dict[str, torch.Tensor], norm: torch.Tensor, data: list[dict], own_is_finite: bool
     ) -> None:
-        """Stop or skip this step, as the config says; the message tells what the processes with the bad numbers had."""
+        """Stop or skip this step, as the config says; the message names the losses and images of the processes concerned."""
         values = ", ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())
         names = ", ".join(str(inputs.get("file_name", inputs.get("image_id"))) for inputs in data)
         details = f"(gradient norm {norm.item():.4g}; {values}). Images: {names}."

@@ -92,7 +92,7 @@ def freeze_unused_backbone(model: torch.nn.Module) -> None:
 
 
 class WriteEpoch(HookBase):
-    """Write the epoch, how many times the images have been gone through, beside the other metrics."""
+    """Write the epoch, the number of passes over the images so far, beside the other metrics."""
 
     def after_step(self):
         epoch = self.trainer.data_loader.epoch(self.trainer.iter + 1)
@@ -107,7 +107,7 @@ class UpdateAverage(HookBase):
 
 
 class Trainer(DefaultTrainer):
-    """Train by config.
+    """Train a model as a config describes it.
 
     Attributes:
         average: the exponential moving average of the model, if ``SOLVER.EMA.ENABLED``, else None. It is what is evaluated
@@ -197,7 +197,7 @@ class Trainer(DefaultTrainer):
 
     def _evaluate(self) -> dict:
         if comm.get_world_size() > 1:
-            # BatchNorm's statistics, where they are not frozen, differ; those of rank 0 are in the checkpoints.
+            # BatchNorm's statistics, if not frozen, differ between processes: use rank 0's, which the checkpoints hold.
             for buffer in self.evaluated_model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         self._last_eval_results = self.test(self.cfg, self.evaluated_model)
@@ -206,7 +206,7 @@ class Trainer(DefaultTrainer):
 
     def after_train(self):
         super().after_train()
-        self._trainer._data_loader_iter_obj = None  # ends the loader's workers now, not at some garbage collection
+        self._trainer._data_loader_iter_obj = None  # ends the workers now, not at a later garbage collection
 
     def resume_or_load(self, resume=True):
         """Resume from the last checkpoint in OUTPUT_DIR, if ``resume`` and there is one; else start from MODEL.WEIGHTS.

@@ -34,7 +34,7 @@ class FoldedConv2d(Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, H', W'): convolution, norm, activation."""
         norm = self.norm
-        if not isinstance(norm, FrozenBatchNorm2d):  # somebody has replaced it
+        if not isinstance(norm, FrozenBatchNorm2d):  # the norm was replaced later
             return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale

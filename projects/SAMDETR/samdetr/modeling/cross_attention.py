@@ -97,7 +97,7 @@ class DotProductAttention(nn.Module):
         return self.output(attend(q, k, v, *rest).transpose(1, 2).flatten(2))
 
     def attention_weights(self, query: AlignedQuery, level: FeatureLevel) -> Tensor:
-        """Return how much of each pixel every head of a query takes: (B, M, Q, N) float32, zero at padded pixels."""
+        """Return the attention weight of every pixel, by head and query: (B, M, Q, N) float32, zero at padded pixels."""
         return attention_weights(*self.logit_terms(query, level))
 
     def logit_terms(self, query: AlignedQuery, level: FeatureLevel) -> tuple:
@@ -108,7 +108,7 @@ class DotProductAttention(nn.Module):
         """Return the logarithm of each head's Gaussian as two summands.
 
         Returns:
-            (B, M, Q, W) along x and (B, M, Q, H) along y, float32; or None twice, without a Gaussian.
+            (B, M, Q, W) along x and (B, M, Q, H) along y, float32; or (None, None) without a Gaussian.
         """
         if self.gaussian_beta is None:
             return None, None
@@ -138,7 +138,7 @@ class CrossAttention(DotProductAttention):
 
     def query_and_key(self, query: AlignedQuery, level: FeatureLevel) -> tuple[Tensor, Tensor]:
         q = self.query_content(query.content) + self.query_position(query.position)
-        q = (q / math.sqrt(self.dim)).transpose(1, 2)  # by the root of the full width, as published
+        q = (q / math.sqrt(self.dim)).transpose(1, 2)  # the root of the full width C, not of C / M, as published
         k = (self.key_content(level.features) + self.key_position(level.position)).flatten(1, 2)
         return q, k[:, None]
 

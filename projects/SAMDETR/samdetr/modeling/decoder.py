@@ -116,7 +116,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The layers, from coarse to fine and each refining the boxes, and the prediction heads of every layer."""
+    """The decoder's layers, which refine the boxes from coarse to fine levels, and every layer's prediction heads."""
 
     @configurable
     def __init__(

@@ -87,7 +87,7 @@ class FeatureProjection(nn.Module):
         levels = []
         for i, feature in enumerate(features):
             size = tuple(feature.shape[-2:])
-            # Convolutions and pooling of ResNets round up. Python integers, so that nothing synchronises with the GPU.
+            # ResNet's convolutions and pooling round sizes up. Python integers do not synchronise with the GPU.
             valid = [
                 tuple(min(-(-side // self.strides[i]), full) for side, full in zip(image_size, size))
                 for image_size in image_sizes or ()

@@ -21,7 +21,7 @@ __all__ = ["HungarianMatcher", "Matches"]
 
 @dataclass
 class Matches:
-    """Which query predicts which box, in every layer.
+    """The assignment of queries to ground-truth boxes, in every layer.
 
     Attributes:
         image: (pairs,) index of the image.

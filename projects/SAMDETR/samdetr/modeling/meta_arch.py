@@ -194,7 +194,7 @@ class SAMDETR(nn.Module):
             if "instances" not in inputs:
                 raise UserError(f"{name_of(inputs)} has no 'instances', which training needs; an empty one will do.")
         instances = [inputs["instances"] for inputs in batched_inputs]
-        # All images at once, because with many small images the calls themselves take the time.
+        # All images at once, because with many small images the overhead of separate calls would dominate.
         labels = torch.cat([x.gt_classes for x in instances])
         boxes = torch.cat([x.gt_boxes.tensor.float() for x in instances])
         finite, known = boxes.isfinite().all(1), (labels >= 0) & (labels < self.num_classes)
@@ -245,5 +245,5 @@ class SAMDETR(nn.Module):
 
 
 def name_of(inputs: dict) -> str:
-    """Return what to call an image in a message."""
+    """Return the name of an image for error messages."""
     return f"image {inputs.get('file_name', inputs.get('image_id', '(without file_name)'))}"

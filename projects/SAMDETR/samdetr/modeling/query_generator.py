@@ -1,4 +1,4 @@
-"""Where the decoder's queries come from.
+"""Make the decoder's queries: learned queries and, for DN in training, denoising queries.
 
 Shapes: B images, Q matching queries, C model width, K classes; G groups of n slots make Q_dn = G * n denoising queries.
 """
@@ -67,7 +67,7 @@ def denoising_attention_mask(num_matching: int, num_groups: int, valid: Tensor) 
     """Return the self-attention mask for matching queries followed by denoising queries.
 
     Matching queries attend to each other only. A denoising query attends to the matching queries and to its own group.
-    No query attends to slots that only pad.
+    No query attends to padding slots.
 
     Args:
         num_matching: number of matching queries Q.

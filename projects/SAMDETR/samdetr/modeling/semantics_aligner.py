@@ -194,7 +194,7 @@ class IdentityAligner(nn.Module):
         return _common_arguments(cfg, predict_scales)
 
     def forward(self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel) -> AlignedQuery:
-        """Hand the queries on; see :data:`SEMANTICS_ALIGNER_REGISTRY`."""
+        """Return the queries unchanged; see :data:`SEMANTICS_ALIGNER_REGISTRY`."""
         centres = reference_boxes[..., :2]
         position = sine_embedding(centres.detach(), self.dim, self.temperature).to(content.dtype)
         scales = None

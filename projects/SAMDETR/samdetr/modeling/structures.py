@@ -78,7 +78,7 @@ class QueryBatch:
     """The decoder's queries: the matching queries first, then the denoising queries, if there are any.
 
     Attributes:
-        content: (B, Q, C) content vectors.
+        content: (B, Q, C) content vectors; Q counts matching and denoising queries together.
         reference_logits: (B, Q, 4); their sigmoid is the reference box.
         attention_mask: bool, broadcastable to (B, M, Q, Q), True where query i may attend to query j in
             self-attention; None if every query may attend to every other.

@@ -1,6 +1,6 @@
 """Attention to all pixels of a map, with keys that heads may share and an optional separable bias.
 
-Shapes: B images, M heads, Q queries, H x W a feature map, N = H * W pixels, D channels; J key heads, dividing M.
+Shapes: B images, M heads, Q queries, H x W a feature map, N = H * W pixels, D channels (of values: E); J key heads, dividing M.
 """
 
 import math
@@ -59,22 +59,22 @@ def attend(
 
     Args:
         q, k, padding_mask, bias_x, bias_y: see :func:`attention_weights`.
-        v: (B, M, N, D), with any number of channels D.
+        v: (B, M, N, E).
 
     Returns:
-        (B, M, Q, D), in the dtype of ``v``.
+        (B, M, Q, E), in the dtype of ``v``.
     """
     function = attend_plain if is_tracing() else _Attend.apply
     return function(q, k, v, padding_mask, bias_x, bias_y)
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, padding_mask=None, bias_x=None, bias_y=None) -> Tensor:
-    """Compute :func:`attend` in one line."""
+    """Compute :func:`attend` at once, with the weights of all queries."""
     return attention_weights(q, k, padding_mask, bias_x, bias_y).to(v.dtype) @ v
 
 
 def _by_key_head(x: Tensor, k: Tensor) -> Tensor:
-    """Reshape (B, M, Q, ...) to (B, J, M / J * Q, ...): all queries that use the same key head in one row."""
+    """Reshape (B, M, Q, ...) to (B, J, M / J * Q, ...): the queries that share a key head become one matrix."""
     return x.flatten(1, 2).unflatten(1, (k.shape[1], -1))
 
 

@@ -116,7 +116,7 @@ class _DeformableSampling(torch.autograd.Function):
 
     @staticmethod
     def split(locations: Tensor):
-        """Yield slices of images and of queries, so small that the matrix' intermediate results stay in the cache."""
+        """Yield slices of images and of queries, so small that the matrix's intermediate results stay in the cache."""
         batch, queries, heads, levels, points, _ = locations.shape
         # Each point has four corners, and about four arrays of that size are in use at a time.
         return blocks(batch, queries, 4 * 4 * heads * levels * points, locations.device)

@@ -19,7 +19,7 @@ def folded_conv2d(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, strid
         x: (B, C_in, H, W).
         weight: (C_out, C_in / groups, kernel height, kernel width).
         scale, shift: (C_out,); no gradient flows into ``scale``.
-        stride, padding, dilation, groups: of :func:`torch.nn.functional.conv2d`.
+        stride, padding, dilation, groups: of :func:`torch.nn.functional.conv2d`; the first three as pairs.
 
     Returns:
         (B, C_out, H', W'), under autocast in the lower precision.
@@ -30,7 +30,7 @@ def folded_conv2d(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, strid
 
 
 def folded_conv2d_plain(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *arguments) -> Tensor:
-    """Compute :func:`folded_conv2d` in one line."""
+    """Compute :func:`folded_conv2d` by ordinary operations."""
     return F.conv2d(x, weight * scale.view(-1, 1, 1, 1), shift, *arguments)
 
 

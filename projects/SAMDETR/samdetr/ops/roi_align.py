@@ -12,7 +12,7 @@ image of a batch where its padding starts. The tests compare it with ``torchvisi
 RoIAlign is linear, so it commutes with every linear step after it: channels can be reduced before pooling, and bilinear
 samples of the pooled grid, which are separable as well, can be taken from the features directly.
 
-Shapes: B images, R boxes per image, S bins along each side of a box, H x W a feature map, C channels.
+Shapes: B images, R boxes per image, S bins along each side of a box, P points per image, H x W a feature map, C channels.
 """
 
 import torch
@@ -64,8 +64,8 @@ def _bin_weights(start: Tensor, extent: Tensor, valid_length: Tensor, length: in
     device = start.device
     samples = torch.ceil(extent / bins).clamp(min=1)  # number of samples per bin, chosen for each box
     # A box is at most as large as the map, which bounds the number of samples without reading the data. One sample is
-    # added, because an exported graph would treat a dimension of 1 as a constant. Written without negative numbers, which
-    # exporters round up.
+    # added, because an exported graph would treat a dimension of 1 as a constant. The ceiling is not -(-length // bins):
+    # exporters round negative quotients up.
     most = (length + bins - 1) // bins + 1
     sample = torch.arange(most, dtype=start.dtype, device=device)
     bin_index = torch.arange(bins, dtype=start.dtype, device=device)
@@ -127,33 +127,33 @@ def roi_align(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def sample_separably(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Average features with weights that factor into a part for y and a part for x.
 
-    The full weights, (R, H W) per image, never exist at once: they are computed block by block, and again in the backward
+    The full weights, (P, H * W) per image, never exist at once: they are computed block by block, and again in the backward
     pass.
 
     Args:
         features: (B, H, W, C).
-        rows: (B, R, H) float32.
-        columns: (B, R, W) float32.
+        rows: (B, P, H) float32.
+        columns: (B, P, W) float32.
 
     Returns:
-        (B, R, C), in the dtype of the features.
+        (B, P, C), in the dtype of the features.
     """
     function = sample_separably_plain if is_tracing() else _SampleSeparably.apply
     return function(features, rows, columns)
 
 
 def sample_separably_plain(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Compute :func:`sample_separably` in two lines."""
+    """Compute :func:`sample_separably` at once, with the full weights."""
     weights = (rows[..., :, None] * columns[..., None, :]).flatten(2).to(features.dtype)
     return weights @ features.flatten(1, 2)
 
 
 class _SampleSeparably(torch.autograd.Function):
-    """:func:`sample_separably`, block by block over images and boxes."""
+    """:func:`sample_separably`, block by block over images and points."""
 
     @staticmethod
     def split(rows: Tensor, columns: Tensor):
-        """Yield slices of images and of boxes."""
+        """Yield slices of images and of points."""
         return blocks(*rows.shape[:2], rows.shape[2] * columns.shape[2], rows.device)
 
     @staticmethod

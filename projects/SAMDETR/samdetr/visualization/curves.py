@@ -103,7 +103,7 @@ def draw_curves(runs: dict[str, Metrics], published: Sequence[str] = ()) -> Figu
 
     Args:
         runs: by their names in the legend.
-        published: names of published models to draw beside them; the axis then is the epoch.
+        published: names of published models to draw beside them; the horizontal axis then shows epochs.
 
     Raises:
         UserError: an axis of epochs is needed, but a run does not record its epochs.

@@ -29,7 +29,7 @@ def draw_detections(
         image: (H, W, 3) uint8, RGB.
         instances: on the CPU, with ``pred_boxes`` in the image's pixels, ``scores`` and ``pred_classes``.
         class_names: by class index.
-        score_threshold: detections below are left out, in [0, 1].
+        score_threshold: in [0, 1]; detections with a lower score are left out.
 
     Returns:
         (H', W', 3) uint8, RGB; a small image comes back enlarged.

@@ -1,6 +1,6 @@
 """The cross-attentions of other detectors, as entries of ``CROSS_ATTENTION_REGISTRY``.
 
-They are meant for queries as they are (``IdentityAligner``), but take aligned queries as well. docs/baselines.md says how
+They are meant for unaligned queries (``IdentityAligner``), but take aligned queries as well. docs/baselines.md says how
 close each comes to the detector that it is named after.
 
 Shapes: B images, Q queries, C model width, M heads, V levels, N pixels of a level.
@@ -35,7 +35,7 @@ def project_by_head(linear: nn.Linear, x: Tensor) -> Tensor:
 
 @CROSS_ATTENTION_REGISTRY.register()
 class MultiHeadCrossAttention(DotProductAttention):
-    """DETR's: content and position added, then projected and split into heads (https://arxiv.org/abs/2005.12872)."""
+    """DETR's attention: the sum of content and position, projected and split into heads (https://arxiv.org/abs/2005.12872)."""
 
     def add_projections(self) -> None:
         self.query = nn.Linear(self.dim, self.dim)
@@ -48,7 +48,7 @@ class MultiHeadCrossAttention(DotProductAttention):
 
 @CROSS_ATTENTION_REGISTRY.register()
 class SMCAMultiHeadCrossAttention(MultiHeadCrossAttention):
-    """DETR's with SMCA's Gaussians (https://arxiv.org/abs/2101.07448)."""
+    """DETR's attention with SMCA's Gaussians (https://arxiv.org/abs/2101.07448)."""
 
     @configurable
     def __init__(self, *, dim: int, num_heads: int, gaussian_beta: float):
@@ -62,7 +62,7 @@ class SMCAMultiHeadCrossAttention(MultiHeadCrossAttention):
 
 @CROSS_ATTENTION_REGISTRY.register()
 class ConditionalCrossAttention(DotProductAttention):
-    """Conditional DETR's (https://arxiv.org/abs/2108.06152): content and position side by side, so that their products
+    """Conditional DETR attention (https://arxiv.org/abs/2108.06152): content and position side by side, so that their products
     add up and do not mix; the position is scaled by a function of the content."""
 
     def add_projections(self) -> None:
@@ -82,7 +82,7 @@ class ConditionalCrossAttention(DotProductAttention):
 
 @CROSS_ATTENTION_REGISTRY.register()
 class DeformableCrossAttention(nn.Module):
-    """Deformable DETR's (https://arxiv.org/abs/2010.04159): a few points of every level around each head's keypoint.
+    """Deformable DETR's attention (https://arxiv.org/abs/2010.04159): a few points of every level around each head's keypoint.
 
     With ``IdentityAligner`` the keypoint is the box's centre, as published. Offsets are in pixels of the level, not in units
     of the box, as in Deformable DETR without box refinement. A query that differs by head is averaged over the heads.
