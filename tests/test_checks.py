@@ -11,7 +11,6 @@ from samdetr.checks import _check_same_classes, check_config
 from samdetr.data import register_coco_format
 from samdetr.errors import UserError
 
-
 ODD_WIDTH = [
     *("MODEL.SAMDETR.HIDDEN_DIM", 34, "MODEL.SAMDETR.NUM_HEADS", 2),
     *("MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 2, "MODEL.SAMDETR.ALIGNER.REDUCTION", 2),
