@@ -14,6 +14,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ..ops.attention import attend, attention_weights
+from ..ops.runtime import run_layer
 from .layers import MLP, xavier_uniform_matrices_
 from .structures import AlignedQuery, FeatureLevel
 
@@ -137,10 +138,15 @@ class CrossAttention(DotProductAttention):
         self.key_position = MLP([self.dim] * 3)
 
     def query_and_key(self, query: AlignedQuery, level: FeatureLevel) -> tuple[Tensor, Tensor]:
-        q = self.query_content(query.content) + self.query_position(query.position)
-        q = (q / math.sqrt(self.dim)).transpose(1, 2)  # the root of the full width C, not of C / M, as published
+        # Cheaper to recompute than to keep, since each head has a query of the full width.
+        q = run_layer(self.project_query, query.content, query.position, recompute=True).transpose(1, 2)
         k = (self.key_content(level.features) + self.key_position(level.position)).flatten(1, 2)
         return q, k[:, None]
+
+    def project_query(self, content: Tensor, position: Tensor) -> Tensor:
+        """Project content and position queries, (B, Q, M, C) each, add them up and scale them."""
+        q = self.query_content(content) + self.query_position(position)
+        return q / math.sqrt(self.dim)  # the root of the full width C, not of C / M, as published
 
 
 @CROSS_ATTENTION_REGISTRY.register()

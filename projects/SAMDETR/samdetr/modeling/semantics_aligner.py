@@ -118,19 +118,22 @@ class SemanticsAligner(nn.Module):
         rows, columns = roi_align_weights(reference_boxes, level.valid_size, level.size, self.pooled_size)
         local_keypoints, gaussian_scales = self.search_keypoints(features, rows, columns)
         keypoints = reference_boxes[..., None, :2] + reference_boxes[..., None, 2:] / 2 * local_keypoints
-        heads = (self.num_heads, self.dim)
-        content_gate = self.content_gate(content).unflatten(-1, heads)
-        position_gate = self.position_gate(content).unflatten(-1, heads)
+        sampled = self.resample(features, rows, columns, local_keypoints)
         return AlignedQuery(
-            content=self.resample(features, rows, columns, local_keypoints) * content_gate.sigmoid(),
-            # The sine embedding is cheap to recompute and large to keep.
-            position=run_layer(self.gated_position, keypoints.detach(), position_gate, recompute=True),
+            # Gates and sine embeddings are cheap to recompute and large to keep.
+            content=run_layer(self.gated_content, sampled, content, recompute=True),
+            position=run_layer(self.gated_position, keypoints.detach(), content, recompute=True),
             keypoints=keypoints,
             gaussian_scales=gaussian_scales,
         )
 
-    def gated_position(self, keypoints: Tensor, gate: Tensor) -> Tensor:
-        """Multiply the sine embedding of (B, Q, M, 2) keypoints by the sigmoid of a (B, Q, M, C) gate."""
+    def gated_content(self, sampled: Tensor, content: Tensor) -> Tensor:
+        """Weight sampled features (B, Q, M, C) by gates that the query contents (B, Q, C) determine."""
+        return sampled * self.content_gate(content).unflatten(-1, (self.num_heads, self.dim)).sigmoid()
+
+    def gated_position(self, keypoints: Tensor, content: Tensor) -> Tensor:
+        """Weight the sine embedding of keypoints (B, Q, M, 2) by gates that the query contents (B, Q, C) determine."""
+        gate = self.position_gate(content).unflatten(-1, (self.num_heads, self.dim))
         return sine_embedding(keypoints, self.dim, self.temperature).to(gate.dtype) * gate.sigmoid()
 
     def search_keypoints(self, features: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
