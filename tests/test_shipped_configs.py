@@ -1,7 +1,6 @@
 """The YAML files in configs/ and in tools/experiments/: they build, train and evaluate."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,7 +194,9 @@ def test_every_coco_config_builds_trains_and_evaluates(name):
 
 def test_readme_names_existing_configs():
     text = (ROOT / "README.md").read_text()
-    named = re.findall(r"configs/([\w/-]+\.yaml)", text)
-    assert named
-    for name in named:
-        assert Path(ROOT / "configs" / name).is_file(), name
+    families = re.findall(r"^\| `(sam_detr\w+)` \|", text, flags=re.MULTILINE)
+    assert families == FAMILIES
+    named = re.findall(r"--config-file (sam_detr\w+)|_BASE_: \"(\w+)\.yaml\"", text)
+    assert len(named) > 3
+    for name in (*(f"{family}_{schedule}" for family in families for schedule in ("1x", "50ep")), *map("".join, named)):
+        assert (ROOT / "configs" / f"{name}.yaml").is_file(), name
