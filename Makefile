@@ -18,7 +18,7 @@ demo: setup
 	$(RUN) tools/demo.py
 
 test: lint
-	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(RUN) -m pytest $$($(RUN) -c "import xdist" 2>/dev/null && echo --numprocesses auto --maxprocesses 4 --dist worksteal)
 
 lint: setup
 	$(RUN) -m ruff check .
