@@ -19,13 +19,13 @@ PACKAGE = ROOT / "projects" / "SAMDETR"
 TINY_CONFIG = ROOT / "configs" / "quick_schedules" / "sam_detr_digits_instant_test.yaml"
 CONFIG = ["--config-file", str(TINY_CONFIG)]
 # The server imports the package of this tree, whatever else is installed.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["samdetr", "detectron2.engine", "detectron2.utils.visualizer", "matplotlib.pyplot"])
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
-    """The environment of a process that uses this tree's package, by default with as many threads as this process."""
+    """Return the environment of a process that uses this tree's package, by default with as many threads as this process."""
     return {**os.environ, "OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
 
 
@@ -40,7 +40,7 @@ def _run(script: str, arguments: list[str], folder: str, output: str, variables:
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     sys.argv = [script, *arguments]
     # As if started by itself: no folder of the tests or tools that it does not add.
-    own = [path for path in sys.path if Path(path).is_relative_to(ROOT) and ".venv" not in path]
+    own = [path for path in sys.path if Path(path).is_relative_to(ROOT) and not Path(path).is_relative_to(sys.prefix)]
     sys.path = [os.path.dirname(script), str(PACKAGE), *(path for path in sys.path if path not in own)]
     runpy.run_path(script, run_name="__main__")
 

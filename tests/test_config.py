@@ -24,6 +24,7 @@ DIGITS = str(ROOT / "configs" / "sam_detr_digits.yaml")
             ["MODEL.SAMDETR.NUM_QUERY", "5"],
             r"no config key MODEL\.SAMDETR\.NUM_QUERY.*'MODEL\.SAMDETR\.NUM_QUERIES'",
         ),
+        ("https://127.0.0.1:9/my.yaml", [], r"^https://127\.0\.0\.1:9/my\.yaml: URLError"),
         (DIGITS, ["MODEL.SAMDETR.NUM_QUERIES"], "pairs of KEY and VALUE"),
         (DIGITS, ["MODEL.SAMDETR.NUM_QUERIES", "many"], r"NUM_QUERIES"),
     ],

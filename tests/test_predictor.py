@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_exported import prepare
 
 import samdetr
 from helpers import tiny_config, tiny_model
@@ -247,3 +248,17 @@ def test_thin_images_keep_a_line(checkpoint):
     predictor = samdetr.load(checkpoint[0], device="cpu")
     assert predictor.prepare(photo(1, 2000))["image"].shape[1] == 1
     assert len(predictor(photo(1, 2000))) > 0
+
+
+def test_a_shortest_side_of_zero_keeps_the_size(checkpoint):
+    predictor = samdetr.load(checkpoint[0], device="cpu", options=["INPUT.MIN_SIZE_TEST", 0])
+    image = photo(40, 50)
+    assert torch.equal(predictor.prepare(image)["image"], torch.from_numpy(image.transpose(2, 0, 1).copy()))
+    size = {
+        "shortest_side": 0,
+        "longest_side": 128,
+        "smallest_side": 32,
+        "size_divisibility": 0,
+        "channel_order": "RGB",
+    }
+    assert np.array_equal(prepare(Image.fromarray(image), size), image.transpose(2, 0, 1)[None])

@@ -21,11 +21,12 @@ _OPTIONS = {
 }
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True, device: bool = True) -> None:
     parser.add_argument("--weights", required=required, help="checkpoint; one of this project needs nothing else")
     parser.add_argument("--config-file", help="the config of a checkpoint that carries none")
     parser.add_argument("--class-names", help="names, separated by commas, or a text file with one name per line")
-    parser.add_argument("--device", help="cpu or cuda; by default CUDA if there is any")
+    if device:
+        parser.add_argument("--device", help="cpu or cuda; by default CUDA if there is any")
 
 
 def read_class_names(text: str | None) -> list[str] | None:

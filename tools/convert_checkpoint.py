@@ -11,6 +11,7 @@ the config that fits and COCO's class names, so that tools/predict.py and the li
 import argparse
 from pathlib import Path
 
+import torch
 from common import run
 from detectron2.modeling import build_model
 
@@ -38,9 +39,10 @@ def convert(source: Path, target: Path, num_classes: int, allow_pickle: bool) ->
     except UserError as error:
         if error.argument != "allow_objects":
             raise
+        objects = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source)))
         raise UserError(
-            f"{source} holds Python objects beside tensors, and reading such a file can run code that it carries "
-            f"({error.__cause__}). If you trust its source, add --allow-pickle."
+            f"{source} holds Python objects beside tensors ({objects}), and reading such a file can run code that it "
+            "carries. If you trust its source, add --allow-pickle."
         ) from error
     try:
         converted = convert_published_state_dict(checkpoint.weights, num_classes)

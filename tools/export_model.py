@@ -42,17 +42,17 @@ def largest_difference(predictor: Predictor, path: Path, size: tuple[int, int], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
+    add_model_arguments(parser, device=False)
+    parser.set_defaults(device="cpu")  # what it is traced on
     parser.add_argument("--output", required=True, help="file that ends in .onnx or .pt2")
     parser.add_argument(
         "--size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"), help="to trace with"
     )
     arguments = parser.parse_args()
-    arguments.device = "cpu"
     path = output_file(arguments.output, (".onnx", ".pt2"))
     if path.exists():
         raise UserError(f"{path} exists already: remove it or name another file.", argument="output")
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         require("onnx", "onnxscript", "onnxruntime")
     predictor = load_predictor(arguments)
     unchecked = path.with_name(f"{path.stem}.unchecked{path.suffix}")

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 def open_model(path: Path) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]], dict]:
     """Return a function that maps images (B, 3, H, W) to the named outputs, and the file's description."""
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
@@ -41,8 +41,8 @@ def open_model(path: Path) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]
 def prepare(image: Image.Image, description: dict) -> np.ndarray:
     """Resize to the size of evaluation, rounded to what the model takes, and lay out as (1, 3, H, W)."""
     width, height = image.size
-    scale = description["shortest_side"] / min(width, height)
-    scale = min(scale, description["longest_side"] / max(width, height))
+    shortest, longest = description["shortest_side"], description["longest_side"]
+    scale = min(shortest / min(width, height), longest / max(width, height)) if shortest else 1.0  # 0 means as it is
     divisor = max(1, description["size_divisibility"])
     smallest = -(-description["smallest_side"] // divisor) * divisor
     size = [max(smallest, round(side * scale / divisor) * divisor) for side in (width, height)]
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="image with the detections drawn")
     parser.add_argument("--score-threshold", type=float, default=0.3)
     arguments = parser.parse_args()
-    if arguments.model.suffix not in (".onnx", ".pt2"):
+    if arguments.model.suffix.lower() not in (".onnx", ".pt2"):
         sys.exit(f"error: --model {arguments.model}: name a file of tools/export_model.py, .onnx or .pt2.")
     for option, path in (("--model", arguments.model), ("--input", arguments.input)):
         if not path.is_file():

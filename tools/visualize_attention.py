@@ -137,7 +137,11 @@ def main() -> int:
         raise UserError(f"--queries {arguments.queries}: the model's {number} queries are numbered from 0.")
     if arguments.compare_weights:
         config = arguments.compare_config_file
-        predictors.append(samdetr.load(arguments.compare_weights, config_file=config, device=arguments.device))
+        try:
+            predictors.append(samdetr.load(arguments.compare_weights, config_file=config, device=arguments.device))
+        except UserError as error:
+            option = "--compare-config-file" if error.argument == "config_file" else "--compare-weights"
+            raise UserError(f"{option}: {error}") from error
     failed = 0
     for file, name in drawing_names(files, arguments.input, lambda file: ".png").items():
         try:

@@ -23,7 +23,7 @@ def test_agreement_with_the_published_model(name):
 
 @pytest.mark.slow
 def test_padding_changes_only_the_backbones_response_at_the_border():
-    """The smaller image beside the larger one: by how much stands in the README; the larger one does not change."""
+    """The smaller image beside the larger one: by how much is in docs/models.md; the larger one does not change."""
     model = converted_model("r50_smca_12ep")
     images = [{"image": torch.from_numpy(seeded_image(*image))} for image in [(7, 256, 320), (8, 224, 288)]]
     together = model.predict(images)["pred_logits"]

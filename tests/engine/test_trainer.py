@@ -177,14 +177,16 @@ def test_a_damaged_best_checkpoint_does_not_end_a_resumed_run(tmp_path, monkeypa
     assert torch.load(tmp_path / "model_best.pth", weights_only=True)["metric"] == 12.0
 
 
-def test_the_best_weights_are_remembered_when_a_run_is_resumed(tmp_path, monkeypatch):
-    scores = iter([30.0, 20.0, 25.0, 10.0])
-    monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": next(scores)}})
+@pytest.mark.parametrize("scores", [(30.0, 20.0, 25.0, 10.0), (0.0, 0.0, 0.0, 0.0)])
+def test_the_best_weights_are_remembered_when_a_run_is_resumed(tmp_path, monkeypatch, scores):
+    remaining = iter(scores)
+    monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": next(remaining)}})
     options = ["DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 2]
     train_until(start(trainer_config(tmp_path, *options)), 4)
     best = torch.load(tmp_path / "model_best.pth", weights_only=True)
-    assert (best["metric"], best["iteration"]) == (30.0, 1)
+    assert (best["metric"], best["iteration"]) == (scores[0], 1)
     assert set(best) == {"model", "metric", "iteration", "config", "class_names", "category_ids"}
     train(trainer_config(tmp_path, *options), resume=True)
-    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["metric"] == 30.0
+    best = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert (best["metric"], best["iteration"]) == (scores[0], 1)
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"

@@ -169,7 +169,7 @@ def shapes_of(model):
 
 
 def test_images_of_other_sizes_in_the_batch_change_only_the_response_at_the_border():
-    """End to end; how much is in the README."""
+    """End to end; by how much is in docs/models.md."""
     model = tiny_model().eval()
     small, large = make_input(64, 64, seed=1), make_input(64, 128, seed=2)
     alone = model.predict([small])

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from helpers import ROOT
@@ -144,6 +145,17 @@ def test_two_models_side_by_side(tool, run_folder, pictures, tmp_path):
 
 
 @pytest.mark.slow
+def test_mistakes_in_the_second_model_name_its_options(tool, run_folder, pictures, tmp_path):
+    weights = run_folder / "model_final.pth"
+    arguments = ["--weights", weights, "--input", pictures / "one.png", "--output", tmp_path / "sheets"]
+    status, _ = tool("visualize_attention", *arguments, "--compare-weights", tmp_path / "no.yaml")
+    assert "error: --compare-weights: " in status and "no.yaml: there is no such file" in status
+    torch.save({"model": {}}, tmp_path / "bare.pth")
+    status, _ = tool("visualize_attention", *arguments, "--compare-weights", tmp_path / "bare.pth")
+    assert "error: --compare-config-file: " in status and "bare.pth carries no config" in status
+
+
+@pytest.mark.slow
 def test_curves(tool, run_folder, tmp_path):
     output = tmp_path / "curves.svg"
     status, _ = tool("plot_metrics", "--input", run_folder, "--published", "r50_e12", "--output", output)
@@ -190,7 +202,7 @@ def test_report(tool, run_folder, tmp_path):
 
 @pytest.mark.slow
 def test_export_checks_what_it_writes(tool, run_folder, tmp_path):
-    weights, path = run_folder / "model_final.pth", tmp_path / "model.onnx"
+    weights, path = run_folder / "model_final.pth", tmp_path / "model.ONNX"
     status, printed = tool("export_model", "--weights", weights, "--output", path, "--size", 64, 96)
     assert status is None and path.exists() and printed.count("largest difference") == 3
     assert not list(tmp_path.glob("*unchecked*"))
@@ -234,7 +246,7 @@ def test_wrong_weights_and_inputs_are_named(tool, run_folder, pictures, tmp_path
     weights = run_folder / "model_final.pth"
     options = ["--output", tmp_path / "out"]
     status, _ = tool(name, "--weights", tmp_path / "no.pth", "--input", pictures, *options)
-    assert "no.pth: there is no such file" in status
+    assert "error: --weights: " in status and "no.pth: there is no such file" in status
     status, _ = tool(name, "--weights", weights, "--input", tmp_path / "nothing", *options)
     assert "error: --input: " in status and "nothing: there is no such file or folder" in status
     (tmp_path / "empty").mkdir()

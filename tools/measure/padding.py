@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure how much evaluating images in padded batches changes AP, compared with one image at a time.
 
-    tools/measure/padding.py --config-file output/demo/config.yaml --weights output/demo/model_final.pth
+    tools/measure/padding.py --weights output/demo/model_final.pth
 
 The images of DATASETS.TEST are cut at the right and the bottom to random sizes (80 to 100 % of each side), with their boxes,
 and evaluated one by one and in batches, where smaller images are padded to the largest.
@@ -17,16 +17,13 @@ from pathlib import Path
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 from PIL import Image
 
-import samdetr
-from samdetr.checkpoint import CheckedCheckpointer, Checkpoint
 from samdetr.engine import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of common.py
-from common import run
+from common import add_model_arguments, load_predictor, run
 
 
 def write_cut_images(dataset: str, folder: Path) -> None:
@@ -53,14 +50,12 @@ def write_cut_images(dataset: str, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="the config that the checkpoint was trained with")
-    parser.add_argument("--weights", required=True, help="a checkpoint of this project")
+    add_model_arguments(parser)
     parser.add_argument("--batch", type=int, default=8, help="images per batch")
     arguments = parser.parse_args()
-    cfg = samdetr.load_config(arguments.config_file, ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0])
-    checkpoint = Checkpoint.read_local(arguments.weights, name="--weights") or arguments.weights
-    model = build_model(cfg)
-    CheckedCheckpointer(model, complete=True).load(checkpoint)
+    predictor = load_predictor(arguments)
+    cfg = predictor.cfg
+    cfg.DATALOADER.NUM_WORKERS = 0
     with tempfile.TemporaryDirectory() as folder:
         write_cut_images(cfg.DATASETS.TEST[0], Path(folder))
         register_coco_instances("cut", {}, f"{folder}/cut.json", folder)
@@ -71,7 +66,7 @@ def main() -> None:
         for batch in (1, arguments.batch):
             cfg.TEST.IMS_PER_BATCH = batch
             with contextlib.redirect_stdout(sys.stderr):
-                results = Trainer.test(cfg, model)
+                results = Trainer.test(cfg, predictor.model)
             print(f"{batch} per batch: AP {results['bbox']['AP']:.2f}, AP50 {results['bbox']['AP50']:.2f}")
 
 

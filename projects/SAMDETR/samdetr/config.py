@@ -35,7 +35,7 @@ def load_config(file: str | os.PathLike | None, options: Sequence[Any] = ()) -> 
     """Load a config.
 
     Args:
-        file: a YAML file, or the name of one of this project's configs, such as "sam_detr_R_50_1x" or
+        file: a YAML file or its address, or the name of one of this project's configs, such as "sam_detr_R_50_1x" or
             "baselines/detr_R_50_1x", which is found from any working directory. ``_BASE_`` in your own file may name one of
             them as well ("sam_detr_R_50_1x.yaml"). None for the defaults of detectron2 and of this project. Python tags in
             YAML, which can run code, are refused.
@@ -88,12 +88,12 @@ def _default_config() -> CfgNode:
 
 
 def find_config(file: str) -> str:
-    """Return the path of a config file: ``file`` itself if it exists, else this project's config of that name.
+    """Return the path of a config file: ``file`` itself if it exists or is an address, else this project's config of that name.
 
     Raises:
         UserError: there is no such file, and no config of that name.
     """
-    if PathManager.isfile(file):
+    if "://" in file or PathManager.isfile(file):
         return file
     names = {str(path.relative_to(config_folder()).with_suffix("")) for path in config_folder().rglob("*.yaml")}
     name = file.removesuffix(".yaml")
@@ -114,7 +114,7 @@ def _reader(path: str) -> type[CfgNode]:
         @classmethod
         def _open_cfg(cls, filename: str):
             own = config_folder() / os.path.relpath(filename, folder or ".")
-            if not PathManager.isfile(filename) and own.is_file():
+            if "://" not in filename and not PathManager.isfile(filename) and own.is_file():
                 filename = str(own)
             return super()._open_cfg(filename)
 

@@ -10,8 +10,8 @@ class UserError(ValueError):
     """A mistake in what the user gave; the message says what it is and what to do, so that no traceback is needed.
 
     Attributes:
-        argument: name of the Python argument that holds the mistake, if it is in an argument. A command-line program can
-            show the name of its own option for it.
+        argument: what the mistake is in, if it is in one thing, by a name from which a command-line program finds its own
+            option: "config_file", "source", "input", "output", ...
     """
 
     def __init__(self, message: str, argument: str | None = None):

@@ -12,9 +12,9 @@ from .errors import UserError
 from .modeling.postprocessing import best_pairs
 from .predictor import Predictor
 
-__all__ = ["OUTPUT_NAMES", "ExportableModel", "describe", "export", "trace"]
+__all__ = ["ExportableModel", "describe", "export", "trace"]
 
-OUTPUT_NAMES = ("boxes", "scores", "classes")
+_OUTPUT_NAMES = ("boxes", "scores", "classes")
 _SMALLEST_SIDE = 64  # of an image, in pixels
 
 
@@ -106,12 +106,12 @@ def export(predictor: Predictor, program: torch.export.ExportedProgram, path: st
         UserError: the ending is neither, or a package that ONNX needs is missing.
     """
     path, description = Path(path), json.dumps(describe(predictor))
-    if path.suffix == ".pt2":
+    if path.suffix.lower() == ".pt2":
         torch.export.save(program, path, extra_files={"samdetr.json": description})
-    elif path.suffix == ".onnx":
+    elif path.suffix.lower() == ".onnx":
         try:
             exported = torch.onnx.export(
-                program, input_names=["images"], output_names=list(OUTPUT_NAMES), opset_version=20, verbose=False
+                program, input_names=["images"], output_names=list(_OUTPUT_NAMES), opset_version=20, verbose=False
             )
         except ImportError as error:
             raise UserError(f"Exporting to ONNX needs a package: pip install onnx onnxscript ({error}).") from error

@@ -29,7 +29,7 @@ from .data import register_coco_format
 from .errors import UserError
 from .solver import autocast
 
-__all__ = ["ImageSource", "Predictor", "is_config", "list_images", "load", "read_image"]
+__all__ = ["ImageSource", "Predictor", "list_images", "load", "read_image"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +120,11 @@ class Predictor:
     def prepare(self, image: np.ndarray) -> dict[str, Any]:
         """Turn an image (H, W, 3) uint8, RGB, into detectron2's model input."""
         height, width = image.shape[:2]
-        sizes = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
-        new_height, new_width = T.ResizeShortestEdge.get_output_shape(height, width, *sizes)
-        resize = T.ResizeTransform(height, width, max(1, new_height), max(1, new_width))  # at least one pixel per side
-        resized = resize.apply_image(image)
+        resized = image
+        shortest, longest = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
+        if shortest:  # 0 means as it is
+            sides = T.ResizeShortestEdge.get_output_shape(height, width, shortest, longest)
+            resized = T.ResizeTransform(height, width, *(max(1, side) for side in sides)).apply_image(image)
         if self.cfg.INPUT.FORMAT == "BGR":
             resized = resized[:, :, ::-1]
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
@@ -155,15 +156,15 @@ def load(
     """
     device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = os.fspath(source)
-    if is_config(source):
-        try:
-            cfg = merge_options(load_config(source), options)
-        except UserError as error:
-            raise UserError(str(error), argument="source" if error.argument else None) from error
+    if _is_config(source):
+        with _mistakes_in("source"):
+            cfg = load_config(source)
+        merge_options(cfg, options)
         checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS)
     else:
         path = PathManager.get_local_path(source) if "://" in source else source
-        checkpoint = Checkpoint.read_local(path, name="checkpoint")
+        with _mistakes_in("source"):
+            checkpoint = Checkpoint.read_local(path, name="checkpoint")
         cfg = load_config(config_file) if config_file is not None else checkpoint and checkpoint.config()
         if cfg is None:
             raise UserError(
@@ -181,7 +182,7 @@ def load(
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: this model has RANDOM weights. Load a checkpoint instead.")
     # Predict with the weights that training evaluates: the averaged ones, if there are any.
-    use_average = cfg.SOLVER.EMA.ENABLED and checkpoint is not None and checkpoint.average is not None
+    use_average = cfg.SOLVER.EMA.ENABLED
     CheckedCheckpointer(model, complete=True, use_average=use_average).load(checkpoint or cfg.MODEL.WEIGHTS)
     names, ids = _classes_of_dataset(cfg)
     if checkpoint is not None:
@@ -199,9 +200,18 @@ def _check_device(device: str) -> str:
     return device
 
 
-def is_config(source: str | os.PathLike) -> bool:
+@contextlib.contextmanager
+def _mistakes_in(argument: str):
+    """Say of every mistake inside that it is in this argument."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error), argument=argument) from error
+
+
+def _is_config(source: str) -> bool:
     """Return whether a path names a config file (by its ending) rather than a checkpoint."""
-    return os.fspath(source).lower().endswith((".yaml", ".yml"))
+    return source.lower().endswith((".yaml", ".yml"))
 
 
 def _classes_of_dataset(cfg: CfgNode) -> tuple[list[str] | None, list[int] | None]:

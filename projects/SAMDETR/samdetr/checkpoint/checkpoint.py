@@ -3,7 +3,7 @@
 A checkpoint is a file of ``torch.save`` with a dict of these entries, of which all but ``model`` may be missing:
 
 ===================  ===================================================================================================
-``model``            the weights, by name
+``model``            the weights, by name; in ``model_best.pth`` those that were evaluated, the average with ``SOLVER.EMA``
 ``average``          the moving average of the weights, by name with the prefix "module." (with ``SOLVER.EMA``)
 ``config``           the full config of the run, as YAML text
 ``class_names``      the classes' names, by index

@@ -110,9 +110,18 @@ class CheckedCheckpointer(DetectionCheckpointer):
 
         Returns:
             The entries that were not loaded.
+
+        Raises:
+            UserError: the checkpoint cannot be read, or does not fit the model.
+            ValueError: the checkpoint was made in memory and not read from a file.
         """
+        if isinstance(source, Checkpoint) and not source.path:
+            raise ValueError("Only a checkpoint that was read from a file can be loaded: write it first.")
         self._source = source
-        return super().load(self._path, *args, **kwargs)
+        try:
+            return super().load(self._path, *args, **kwargs)
+        finally:
+            self._source = ""  # its weights need not stay in memory
 
     @property
     def _path(self) -> str:
@@ -124,7 +133,7 @@ class CheckedCheckpointer(DetectionCheckpointer):
         if self.use_average and checkpoint.average is not None:
             logger.info("Using the moving average of the weights in %s.", f)
             weights = checkpoint.average
-        elif self.use_average:
+        elif self.use_average and checkpoint.metric is None:  # the best weights are the average already
             logger.warning("%s holds no moving average of the weights: using its weights.", f)
         return {**checkpoint.entries, "model": dict(weights)}  # copies, since fvcore takes entries out
 

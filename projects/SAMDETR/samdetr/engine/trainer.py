@@ -42,7 +42,8 @@ class KeepBest(HookBase):
         path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
         if self.trainer.start_iter > 0 and PathManager.isfile(path):
             try:
-                self.best = Checkpoint.read(path, name="The best checkpoint").metric or -math.inf
+                metric = Checkpoint.read(path, name="The best checkpoint").metric
+                self.best = -math.inf if metric is None else metric
             except UserError as error:
                 logger.error("%s The next evaluation replaces it.", error)
 

@@ -87,7 +87,7 @@ class DotProductAttention(nn.Module):
         raise NotImplementedError
 
     def query_and_key(self, query: AlignedQuery, level: FeatureLevel) -> tuple[Tensor, Tensor]:
-        """Return ``q``, scaled, and ``k`` as :func:`attention_weights` takes them."""
+        """Return ``q``, scaled, and ``k`` as :func:`samdetr.ops.attention.attention_weights` takes them."""
         raise NotImplementedError
 
     def forward(self, query: AlignedQuery, levels: list[FeatureLevel], index: int) -> Tensor:

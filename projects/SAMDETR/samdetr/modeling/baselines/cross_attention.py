@@ -62,8 +62,8 @@ class SMCAMultiHeadCrossAttention(MultiHeadCrossAttention):
 
 @CROSS_ATTENTION_REGISTRY.register()
 class ConditionalCrossAttention(DotProductAttention):
-    """Conditional DETR attention (https://arxiv.org/abs/2108.06152): content and position side by side, so that their products
-    add up and do not mix; the position is scaled by a function of the content."""
+    """Conditional DETR's attention (https://arxiv.org/abs/2108.06152): content and position side by side, so that their
+    products add up and do not mix; the position is scaled by a function of the content."""
 
     def add_projections(self) -> None:
         self.query_content = nn.Linear(self.dim, self.dim)
