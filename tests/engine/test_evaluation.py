@@ -1,16 +1,19 @@
 """samdetr.engine.evaluation: image by image, it agrees with the run's evaluation."""
 
 import json
+import math
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import Boxes, BoxMode, Instances
 
-from samdetr.engine.evaluation import evaluate_images, f1
+from helpers import tiny_config
+from samdetr.engine.evaluation import build_evaluator, evaluate_images, f1, write_results
 
 
 def test_f1_by_hand():
-    from detectron2.structures import Boxes, BoxMode, Instances
-
     record = {
         "annotations": [
             {"bbox": [0, 0, 10, 10], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1},
@@ -26,6 +29,52 @@ def test_f1_by_hand():
     assert f1({"annotations": []}, found, 0.95) == 1.0
 
 
+def perfect_detections(folder, boxes, first_id, **options):
+    """Evaluate detections that are the ground truth: ``boxes`` of one class in each of two images."""
+    name = f"perfect_{folder.name}"
+    corners = [[10 * (i % 20), 10 * (i // 20), 8, 8] for i in range(boxes)]
+    annotations = [
+        {"id": first_id + number, "image_id": image, "category_id": 1, "bbox": box, "area": 64, "iscrowd": 0}
+        for number, (image, box) in enumerate((image, box) for image in (1, 2) for box in corners)
+    ]
+    images = [{"id": image, "file_name": f"{image}.png", "width": 200, "height": 200} for image in (1, 2)]
+    categories = [{"id": 1, "name": "thing"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "perfect.json").write_text(json.dumps(content))
+    register_coco_instances(name, {}, str(folder / "perfect.json"), str(folder))
+    try:
+        DatasetCatalog.get(name)  # which fills in the metadata
+        cfg = tiny_config(*(item for pair in options.items() for item in pair))
+        evaluator = build_evaluator(cfg, name, output_dir=None, tasks=("bbox",))
+        evaluator.reset()
+        found = Instances((200, 200))
+        found.pred_boxes = Boxes(BoxMode.convert(torch.tensor(corners).float(), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
+        found.scores, found.pred_classes = torch.linspace(0.9, 0.5, boxes), torch.zeros(boxes, dtype=torch.long)
+        evaluator.process([{"image_id": image} for image in (1, 2)], 2 * [{"instances": found}])
+        return evaluator.evaluate()["bbox"]
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("first_id", [0, 1, 10**6])
+def test_perfect_detections_have_an_ap_of_100_whatever_the_annotations_ids(tmp_path, first_id):
+    assert perfect_detections(tmp_path, boxes=3, first_id=first_id)["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(100, 66.34), (150, 100)])
+def test_more_than_a_hundred_objects_count_if_that_many_are_detected(tmp_path, limit, expected):
+    results = perfect_detections(tmp_path, boxes=150, first_id=1, **{"TEST.DETECTIONS_PER_IMAGE": limit})
+    assert results["AP"] == pytest.approx(expected, abs=0.01)
+
+
+def test_results_without_boxes_are_null_in_the_file(tmp_path):
+    cfg = tiny_config("OUTPUT_DIR", str(tmp_path))
+    write_results(cfg, {"bbox": {"AP": 12.5, "APl": float("nan")}}, "evaluation.json", "weights.pth")
+    text = (tmp_path / "evaluation.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["results"] == {"bbox": {"AP": 12.5, "APl": None}}
+
+
 @pytest.mark.slow
 def test_image_by_image_it_agrees_with_the_run(run_folder):
     """AP of all images, as COCOEvaluator has written it at the end of the run."""
@@ -34,6 +83,7 @@ def test_image_by_image_it_agrees_with_the_run(run_folder):
     predictor = samdetr.load(run_folder / "model_final.pth", device="cpu")
     evaluation = evaluate_images(predictor.cfg, predictor.model, predictor.cfg.DATASETS.TEST[0], None, 0.3)
     written = json.loads((run_folder / "evaluation.json").read_text())["results"]["bbox"]
+    written = {name: math.nan if value is None else value for name, value in written.items()}
     assert evaluation.results == pytest.approx(written, abs=1e-6, nan_ok=True)
     assert len(evaluation.records) == len(evaluation.detections) == len(evaluation.quality) == 200
     assert evaluation.precision.shape == (10, 101)

@@ -1,6 +1,9 @@
 """Evaluate detections by COCO's metrics, write the results to a file, and score each image by itself."""
 
+import contextlib
+import io
 import json
+import math
 import os
 from dataclasses import dataclass
 
@@ -20,30 +23,55 @@ from ..solver import autocast
 __all__ = ["ImageEvaluation", "build_evaluator", "evaluate_images", "f1", "write_results"]
 
 
-class _KeepingEvaluator(COCOEvaluator):
-    """detectron2's evaluator; it keeps pycocotools' result, with precision by recall."""
+class _CheckedEvaluator(COCOEvaluator):
+    """detectron2's evaluator, without pycocotools' pitfall of ids; it keeps pycocotools' result, with precision by recall.
+
+    pycocotools takes an annotation whose id is 0 for one that no detection has found. Ids serve for nothing else here, so
+    that all annotations are numbered from 1.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for number, annotation in enumerate(self._coco_api.dataset.get("annotations", []), 1):
+            annotation["id"] = number
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._coco_api.createIndex()
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         self.coco_eval = coco_eval
         return super()._derive_coco_results(coco_eval, iou_type, class_names)
 
 
-def build_evaluator(dataset_name: str, output_dir: str | None, tasks: tuple[str, ...] | None = None) -> COCOEvaluator:
+def build_evaluator(
+    cfg, dataset_name: str, output_dir: str | None, tasks: tuple[str, ...] | None = None
+) -> COCOEvaluator:
     """Build the evaluator that every evaluation here uses.
 
     Args:
+        cfg: the config. COCO's limit of 100 detections per image rises to ``TEST.DETECTIONS_PER_IMAGE``, if that is more.
         dataset_name: name of a registered dataset.
         output_dir: where to write the detections; None not to write them.
         tasks: such as "bbox"; None for whatever the model predicts.
     """
-    return _KeepingEvaluator(dataset_name, tasks=tasks, output_dir=output_dir)
+    limit = max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
+    return _CheckedEvaluator(dataset_name, tasks=tasks, output_dir=output_dir, max_dets_per_image=limit)
 
 
 def write_results(cfg, results: dict, name: str, weights: str) -> None:
-    """Write results, with the weights and datasets that they belong to, to a file in OUTPUT_DIR, on the main process."""
+    """Write results, with the weights and datasets that they belong to, to a file in OUTPUT_DIR, on the main process.
+
+    JSON has no NaN: an AP without boxes that it could be of is ``null``.
+    """
     if comm.is_main_process():
+        content = {"weights": weights, "datasets": list(cfg.DATASETS.TEST), "results": _without_nan(results)}
         with PathManager.open(os.path.join(cfg.OUTPUT_DIR, name), "w") as f:
-            json.dump({"weights": weights, "datasets": list(cfg.DATASETS.TEST), "results": results}, f, indent=1)
+            json.dump(content, f, indent=1, allow_nan=False)
+
+
+def _without_nan(results):
+    if isinstance(results, dict):
+        return {key: _without_nan(value) for key, value in results.items()}
+    return None if isinstance(results, float) and math.isnan(results) else results
 
 
 @dataclass
@@ -82,7 +110,7 @@ def evaluate_images(
     """
     records = DatasetCatalog.get(dataset_name)[:max_images]
     wanted, found = {record["image_id"] for record in records}, {}
-    evaluator = build_evaluator(dataset_name, output_dir=None, tasks=("bbox",))
+    evaluator = build_evaluator(cfg, dataset_name, output_dir=None, tasks=("bbox",))
     evaluator.reset()
     progress = tqdm(total=len(records), unit="image")
     for batch in build_test_loader(cfg, dataset_name):
