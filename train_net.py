@@ -50,7 +50,7 @@ def read_config(args):
             "another OUTPUT_DIR."
         )
     register_coco_format(cfg)
-    check_config(cfg, training=not args.eval_only, resuming=earlier and args.resume)
+    check_config(cfg, training=not args.eval_only, weights=not (earlier and args.resume))
     return cfg
 
 

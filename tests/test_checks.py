@@ -80,10 +80,8 @@ def test_datasets_must_agree_on_their_classes(shapes_root, tmp_path):
 
 def test_datasets_with_other_numbers_of_classes_are_named():
     """Also for meta-architectures of which this project does not know where their number of classes stands."""
-    MetadataCatalog.get("two").thing_classes = ["a", "b"]
-    MetadataCatalog.get("three").thing_classes = ["a", "b", "c"]
     with pytest.raises(UserError, match=r"number 2 is None in the first and 'c' in the second"):
-        _check_same_classes(["two", "three"])
+        _check_same_classes({"two": ["a", "b"], "three": ["a", "b", "c"]})
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def main() -> None:
         raise UserError(f"{weights}: there is no such file; name a checkpoint with --weights.")
     predictor = load_predictor(arguments, str(weights))
     register_coco_format(predictor.cfg)
-    check_config(predictor.cfg, training=False)
+    check_config(predictor.cfg, training=False, weights=False)
     page = write_page(arguments, predictor, weights)
     output.write_text(page)
     print(f"{output}: {len(page) / 2**20:.1f} MiB")

@@ -21,13 +21,13 @@ from .modeling import CROSS_ATTENTION_REGISTRY, ENCODER_REGISTRY, QUERY_GENERATO
 __all__ = ["check_config", "check_model"]
 
 
-def check_config(cfg: CfgNode, *, training: bool, resuming: bool = False) -> None:
+def check_config(cfg: CfgNode, *, training: bool, weights: bool = True) -> None:
     """Check what a run needs: registered names, divisibility, datasets and their classes, the weights file.
 
     Args:
         cfg: the full config. Its datasets must be registered (``samdetr.data.register_coco_format``).
         training: whether the run trains; otherwise it only evaluates.
-        resuming: whether it resumes from a checkpoint of its own, so that ``MODEL.WEIGHTS`` is not used.
+        weights: whether to check ``MODEL.WEIGHTS`` as well, which a run that is resumed, or a loaded model, does not need.
 
     Raises:
         UserError: something is wrong; the message names the key, what was found, and what to do.
@@ -41,11 +41,15 @@ def check_config(cfg: CfgNode, *, training: bool, resuming: bool = False) -> Non
     if not training and not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name a dataset to evaluate on.")
     train_names = cfg.DATASETS.TRAIN if training else ()
+    classes: dict[str, list[str] | None] = {}
     for key, names in (("DATASETS.TRAIN", train_names), ("DATASETS.TEST", cfg.DATASETS.TEST)):
         for name in names:
-            _check_dataset(key, name, cfg)
-    _check_same_classes([*train_names, *cfg.DATASETS.TEST])
-    if not resuming:
+            _check_dataset(key, name)
+            if name not in classes:
+                classes[name] = _classes_of(name)
+            _check_number_of_classes(key, name, classes[name], cfg)
+    _check_same_classes({name: found for name, found in classes.items() if found is not None})
+    if weights:
         Checkpoint.read_local(cfg.MODEL.WEIGHTS)
 
 
@@ -70,10 +74,8 @@ def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"{key} is {value!r}: choose from {', '.join(map(repr, choices))}.")
 
 
-def _check_same_classes(names: list[str]) -> None:
-    """Check that class i means the same in every dataset."""
-    classes = {name: _classes_of(name) for name in names}
-    classes = {name: found for name, found in classes.items() if found is not None}
+def _check_same_classes(classes: dict[str, list[str]]) -> None:
+    """Check that class i means the same in every dataset, from each dataset's classes."""
     for name, found in classes.items():
         first = next(iter(classes))
         if list(found) != list(classes[first]):
@@ -169,7 +171,7 @@ def _value(node: CfgNode, key: str):
     return node
 
 
-def _check_dataset(key: str, name: str, cfg: CfgNode) -> None:
+def _check_dataset(key: str, name: str) -> None:
     registered = DatasetCatalog.list()
     if name not in registered:
         raise UserError(
@@ -187,12 +189,13 @@ def _check_dataset(key: str, name: str, cfg: CfgNode) -> None:
                 f"looked for below DETECTRON2_DATASETS, now {os.path.abspath(root)}: set it to the folder that holds them "
                 "(for COCO, the folder above coco/)."
             )
+
+
+def _check_number_of_classes(key: str, name: str, classes: list[str] | None, cfg: CfgNode) -> None:
     key_of_number, number = number_of_classes(cfg)
-    if number is not None:
-        classes = _classes_of(name)
-        if classes is not None and len(classes) != number:
-            some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
-            raise UserError(
-                f"{key_of_number} is {number}, but {name!r} ({key}) has {len(classes)} classes ({some}): set {key_of_number} "
-                f"{len(classes)}."
-            )
+    if number is not None and classes is not None and len(classes) != number:
+        some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        raise UserError(
+            f"{key_of_number} is {number}, but {name!r} ({key}) has {len(classes)} classes ({some}): set {key_of_number} "
+            f"{len(classes)}."
+        )

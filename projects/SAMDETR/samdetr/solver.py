@@ -23,7 +23,6 @@ class FullModelClippingAdamW(torch.optim.AdamW):
         super().__init__(*args, **kwargs)
         self.max_norm = max_norm
         self.norm_type = norm_type
-
         self._measured_norm: torch.Tensor | None = None
 
     def measure_gradients(self) -> torch.Tensor:

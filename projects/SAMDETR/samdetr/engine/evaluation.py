@@ -24,10 +24,10 @@ __all__ = ["ImageEvaluation", "build_evaluator", "evaluate_images", "f1", "write
 
 
 class _CheckedEvaluator(COCOEvaluator):
-    """detectron2's evaluator, without pycocotools' pitfall of ids; it keeps pycocotools' result, with precision by recall.
+    """detectron2's evaluator, for annotations with any ids; it keeps pycocotools' result, with precision by recall.
 
-    pycocotools takes an annotation whose id is 0 for one that no detection has found. Ids serve for nothing else here, so
-    that all annotations are numbered from 1.
+    pycocotools counts an annotation whose id is 0 as not found by any detection. The ids have no other use here, so all
+    annotations are numbered from 1.
     """
 
     def __init__(self, *args, **kwargs):
