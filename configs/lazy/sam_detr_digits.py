@@ -27,10 +27,10 @@ model.num_classes = 10
 use_smca(model)
 
 resize = L(T.ResizeShortestEdge)(short_edge_length=[128, 128], max_size=128, sample_style="choice")
-dataloader.train.dataset.dataset_dicts.names = "digits_train"
+dataloader.train.dataset.name = "digits_train"
 dataloader.train.mapper.augmentations = [resize]  # no flip: a mirrored 2 is no 2
 dataloader.train.num_workers = 2
-dataloader.test.dataset.names = "digits_val"
+dataloader.test.dataset.name = "digits_val"
 dataloader.test.mapper.augmentations = [resize]
 dataloader.test.num_workers = 2
 

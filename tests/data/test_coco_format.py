@@ -30,7 +30,7 @@ def test_datasets_named_in_the_config(shapes_root):
         (["x1", "no.json", "."], r"x1's annotation file no\.json does not exist \(looked in"),
         (["x2", "ROOT/annotations.json", "no"], r"x2's image folder no does not exist"),
         (["digits_val", "ROOT/annotations.json", "ROOT"], r"the name 'digits_val' belongs to .*choose another"),
-        (["x3", "ROOT/1.png", "ROOT"], r"1\.png is not in COCO's format"),
+        (["x3", "ROOT/1.png", "ROOT"], r"1\.png is not a text in UTF-8 \(byte 0x89"),
     ],
 )
 def test_mistakes_in_datasets_of_the_config(entry, message, shapes_root):

@@ -2,24 +2,17 @@
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
-from detectron2.data import (
-    DatasetMapper,
-    build_detection_test_loader,
-    build_detection_train_loader,
-    get_detection_dataset_dicts,
-)
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
 from omegaconf import OmegaConf
 
-from samdetr.data import clean_annotations
+from samdetr.data import load_records
+from samdetr.engine.evaluation import CheckedEvaluator
 
 dataloader = OmegaConf.create()
 
 dataloader.train = L(build_detection_train_loader)(
     # Images without boxes teach what is background.
-    dataset=L(clean_annotations)(
-        dataset_dicts=L(get_detection_dataset_dicts)(names="coco_2017_train", filter_empty=False)
-    ),
+    dataset=L(load_records)(name="coco_2017_train", training=True),
     mapper=L(DatasetMapper)(
         is_train=True,
         augmentations=[
@@ -42,7 +35,7 @@ dataloader.train = L(build_detection_train_loader)(
 )
 
 dataloader.test = L(build_detection_test_loader)(
-    dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),
+    dataset=L(load_records)(name="coco_2017_val"),
     mapper=L(DatasetMapper)(
         is_train=False,
         augmentations=[L(T.ResizeShortestEdge)(short_edge_length=[800, 800], max_size=1333)],
@@ -51,4 +44,4 @@ dataloader.test = L(build_detection_test_loader)(
     num_workers=4,
 )
 
-dataloader.evaluator = L(COCOEvaluator)(dataset_name="${..test.dataset.names}")
+dataloader.evaluator = L(CheckedEvaluator)(dataset_name="${..test.dataset.name}")

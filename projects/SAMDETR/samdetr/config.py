@@ -284,6 +284,9 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     cfg.DATALOADER.UNREADABLE_IMAGES = "stop"
     cfg.DATALOADER.MAX_UNREADABLE_IMAGES = 100
 
+    # Pictures with more pixels are refused. By default Pillow's limit, since small files can hold enormous pictures.
+    cfg.INPUT.MAX_PIXELS = 178956970
+
     # Training augmentation (samdetr.data.dataset_mapper): with probability PROB, resize the short side to one of MIN_SIZE
     # and crop SIZE[0] to SIZE[1] pixels per side; then resize as without the crop. It replaces detectron2's INPUT.CROP.
     cfg.INPUT.DETR_CROP = CfgNode()

@@ -1,13 +1,22 @@
-"""The error for a user's mistake."""
+"""The error for a user's mistake, and text that is safe to show."""
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "did_you_mean"]
+__all__ = ["UserError", "did_you_mean", "one_line"]
+
+
+def one_line(text: object) -> str:
+    """Return a text, such as a class name from a file, as one line that terminals, logs and pictures can show.
+
+    White space becomes single blanks; control characters and those that cannot be encoded become "\N{REPLACEMENT CHARACTER}".
+    """
+    words = "".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text)).split()
+    return " ".join(words)
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave; the message says what it is and what to do, so that no traceback is needed.
+    """A mistake in what the user gave; the message, one line, says what it is and what to do, so that no traceback is needed.
 
     Attributes:
         argument: what the mistake is in, if it is in one thing, by a name from which a command-line program finds its own
@@ -15,7 +24,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, argument: str | None = None):
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.argument = argument
 
 

@@ -1,26 +1,54 @@
-"""Build data loaders over detectron2's datasets, with cleaned annotations and an order that can be resumed."""
+"""Build data loaders over registered datasets, in an order that can be resumed; what they cannot read ends in a UserError."""
 
-import copy
 import logging
-from collections import Counter
+import signal
+from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
-from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
-from detectron2.data.build import trivial_batch_collator
-from detectron2.structures import BoxMode
+from detectron2.data import DatasetFromList
+from detectron2.data.build import (
+    filter_images_with_only_crowd_annotations,
+    print_instances_class_histogram,
+    trivial_batch_collator,
+)
+from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from ..errors import UserError
 from .dataset_mapper import DetrDatasetMapper
-from .sampling import SampledDataset, TrainingBatchSampler
+from .datasets import class_names_of, load_records
+from .sampling import MappedDataset, SampledDataset, TrainingBatchSampler
 
-__all__ = ["TrainLoader", "build_test_loader", "build_train_loader", "clean_annotations"]
+__all__ = ["CheckedLoader", "TrainLoader", "build_test_loader", "build_train_loader", "warn_about_capacity"]
 
 logger = logging.getLogger(__name__)
 
 
-class TrainLoader(DataLoader):
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Let a worker go on when a signal asks all processes to stop: the run still needs it to finish the step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class CheckedLoader(DataLoader):
+    """A loader that raises what its workers could not do as a :class:`UserError`, without their tracebacks."""
+
+    def __init__(self, dataset, **options):
+        super().__init__(
+            dataset, collate_fn=trivial_batch_collator, worker_init_fn=_leave_signals_to_the_run, **options
+        )
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        for batch in super().__iter__():
+            for inputs in batch:
+                if "error" in inputs:
+                    raise UserError(inputs["error"])
+            yield batch
+
+
+class TrainLoader(CheckedLoader):
     """An endless loader that yields this process's share of each batch.
 
     What it yields depends on the seed and on the number of the batch only, so that a run can resume at any step, with any
@@ -28,9 +56,7 @@ class TrainLoader(DataLoader):
     """
 
     def __init__(self, dataset: SampledDataset, batch_sampler: TrainingBatchSampler, *, num_workers: int):
-        super().__init__(
-            dataset, batch_sampler=batch_sampler, num_workers=num_workers, collate_fn=trivial_batch_collator
-        )
+        super().__init__(dataset, batch_sampler=batch_sampler, num_workers=num_workers)
 
     @property
     def seed(self) -> int:
@@ -61,17 +87,27 @@ def build_train_loader(cfg) -> TrainLoader:
     Raises:
         UserError: the datasets have no image, or the batch cannot be shared evenly among the processes.
     """
-    names, filter_empty = cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a positive multiple of the number of processes "
             f"({world_size})."
         )
-    try:
-        records = clean_annotations(get_detection_dataset_dicts(names, filter_empty=filter_empty))
-    except AssertionError as error:  # detectron2's, for datasets without images
-        raise UserError(f"DATASETS.TRAIN {tuple(names)} cannot be trained on: {error}") from error
+    skip_unreadable = cfg.DATALOADER.UNREADABLE_IMAGES == "skip"
+    class_names = class_names_of(cfg.DATASETS.TRAIN[0])
+    datasets = {
+        name: load_records(name, class_names, training=True, skip_missing=skip_unreadable)
+        for name in cfg.DATASETS.TRAIN
+    }
+    for name, found in datasets.items():
+        warn_about_capacity(cfg, name, found, training=True)
+    records = list(chain.from_iterable(datasets.values()))
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        records = filter_images_with_only_crowd_annotations(records)
+    if not records:
+        raise UserError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image to train on.")
+    if class_names is not None and all("annotations" in record for record in records):
+        print_instances_class_histogram(records, class_names)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
@@ -80,7 +116,7 @@ def build_train_loader(cfg) -> TrainLoader:
         DatasetFromList(records, copy=False),  # serialised, so that workers share the memory
         DetrDatasetMapper(cfg, is_train=True),
         seed=seed,
-        skip_unreadable=cfg.DATALOADER.UNREADABLE_IMAGES == "skip",
+        skip_unreadable=skip_unreadable,
     )
     sampler = TrainingBatchSampler(
         size=len(records),
@@ -93,53 +129,55 @@ def build_train_loader(cfg) -> TrainLoader:
     return TrainLoader(dataset, sampler, num_workers=cfg.DATALOADER.NUM_WORKERS)
 
 
-def build_test_loader(cfg, dataset_name: str):
-    """Build detectron2's test loader, with ``cfg.TEST.IMS_PER_BATCH`` images per batch."""
-    mapper = DetrDatasetMapper(cfg, is_train=False)
-    return build_detection_test_loader(cfg, dataset_name, mapper=mapper, batch_size=cfg.TEST.IMS_PER_BATCH)
+def build_test_loader(cfg, dataset_name: str) -> CheckedLoader:
+    """Build a loader over a dataset's images in their order, with ``cfg.TEST.IMS_PER_BATCH`` images per batch.
+
+    Raises:
+        UserError: the dataset cannot be used.
+    """
+    records = load_records(dataset_name)
+    if not records:
+        raise UserError(f"DATASETS.TEST names {dataset_name!r}, which has no images.")
+    return CheckedLoader(
+        MappedDataset(DatasetFromList(records, copy=False), DetrDatasetMapper(cfg, is_train=False)),
+        batch_sampler=BatchSampler(InferenceSampler(len(records)), cfg.TEST.IMS_PER_BATCH, drop_last=False),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
 
 
-def clean_annotations(dataset_dicts: list[dict]) -> list[dict]:
-    """Drop boxes that nothing can be learned from, clip those that reach over the image's edge, and log how many.
+def warn_about_capacity(cfg, name: str, records: list[dict], *, training: bool) -> None:
+    """Warn of images whose objects cannot all be learned, or all be found.
 
     Args:
-        dataset_dicts: detectron2's standard dataset dicts, which stay unchanged. Without ``height`` and ``width``, boxes
-            that reach over the right or lower edge are left to the dataset mapper.
-
-    Returns:
-        The same images in the same order, including those left without boxes.
+        cfg: the config.
+        name: of the dataset.
+        records: its images, in detectron2's standard format.
+        training: whether they are trained on; otherwise they are evaluated on.
     """
-    counts: Counter[str] = Counter()
-    examples: dict[str, str] = {}
+    flags = [[annotation.get("iscrowd", 0) for annotation in record.get("annotations", [])] for record in records]
+    boxes = np.array([crowd.count(0) for crowd in flags])
+    limits = []
+    if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
+        effect = "are not learned in a step" if training else "cannot be found"
+        limits.append(("MODEL.SAMDETR.NUM_QUERIES", cfg.MODEL.SAMDETR.NUM_QUERIES, effect))
+    if not training:
+        limits.append(("TEST.DETECTIONS_PER_IMAGE", cfg.TEST.DETECTIONS_PER_IMAGE, "cannot be found"))
+        if not boxes.any():
+            logger.warning("%s has no annotated objects: there will be no AP.", name)
+    for key, limit, effect in limits:
+        over = np.flatnonzero(boxes > limit)
+        if len(over):
+            logger.warning(
+                "%s: %d images have more boxes than %s (%d), up to %d in %s: those beyond it %s. Raise it.",
+                *(name, len(over), key, limit, boxes.max(), _name_of(records[boxes.argmax()]), effect),
+            )
+    only_crowd = [record for record, crowd, number in zip(records, flags, boxes) if crowd and not number]
+    if only_crowd and training:
+        logger.warning(
+            "%s: %d images have only crowd regions, the first is %s: they count as images without objects.",
+            *(name, len(only_crowd), _name_of(only_crowd[0])),
+        )
 
-    def cleaned(annotation: dict, record: dict) -> dict | None:
-        corners = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        x0, y0, x1, y1 = corners
-        size = [record.get("width", np.inf), record.get("height", np.inf)]
-        clipped = np.clip(corners, 0, size * 2).tolist()
-        if not np.isfinite(corners).all():
-            kind = "dropped: not finite"
-        elif x1 <= x0 or y1 <= y0:
-            kind = "dropped: width or height not positive"
-        elif clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-            kind = "dropped: outside the image"
-        elif max(abs(a - b) for a, b in zip(clipped, corners)) > 1:
-            kind = "clipped: reaching over the image's edge by more than a pixel"
-        else:
-            return annotation
-        counts[kind] += 1
-        examples.setdefault(kind, str(record.get("file_name", record.get("image_id"))))
-        if kind.startswith("dropped"):
-            return None
-        return {**annotation, "bbox": clipped, "bbox_mode": BoxMode.XYXY_ABS}
 
-    result = []
-    for record in dataset_dicts:
-        record = copy.copy(record)
-        if "annotations" in record:
-            annotations = [cleaned(annotation, record) for annotation in record["annotations"]]
-            record["annotations"] = [annotation for annotation in annotations if annotation is not None]
-        result.append(record)
-    for kind, count in sorted(counts.items()):
-        logger.warning("Boxes %s: %d, the first in %s.", kind, count, examples[kind])
-    return result
+def _name_of(record: dict) -> str:
+    return str(record.get("file_name", record.get("image_id")))

@@ -1,32 +1,547 @@
-"""Register COCO-format datasets that a config names, so that no Python is needed for them."""
+"""Read annotation files in COCO's format: the one reader for training, evaluation and the check of a dataset.
 
+What is harmless is repaired and counted; what is not is an error, with the entry and the remedy. Boxes of the reader are what
+a model is trained on and evaluated against: those without an area or outside their image are left out, those that reach over
+its edge are cut there. Masks and keypoints are not read.
+"""
+
+import functools
 import json
+import logging
+import math
 import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean, one_line
+from .images import check_regular_file, read_size
 
-__all__ = ["read_class_names", "register_coco_format"]
+__all__ = ["CocoAnnotations", "CocoFile", "Report", "read_coco", "register_coco_file", "register_coco_format"]
+
+logger = logging.getLogger(__name__)
+
+# What is refused, by kind, and the remedy.
+ERRORS = {
+    "entries that are no objects": "Each image, annotation and category is a JSON object.",
+    "images without an id": 'Give each a whole number or a text as its "id".',
+    "image ids duplicated": "Give each image its own id.",
+    "images without a file_name": 'Give each its file, relative to the image folder, as its "file_name".',
+    "images whose file_name is an address": "Download them, and write their file names.",
+    "images whose file_name has backslashes": "Write / in place of \\ between folders.",
+    "images missing": "Correct the file names or the image folder.",
+    "images without a width and height": "Write them down, in pixels, or repair the file, from which they would be read.",
+    "images listed twice with other boxes": "Merge the entries of each file into one.",
+    "categories without an id": 'Give each a whole number as its "id".',
+    "category ids duplicated": "Give each category its own id.",
+    "categories without a name": 'Give each its "name".',
+    "annotations without an image_id": 'Each names its image, by the image\'s "id", as its "image_id".',
+    "annotations of an unknown category": 'Add it to "categories", or correct the "category_id".',
+    "annotations without a usable box": '"bbox" is [x, y, width, height], in pixels.',
+    "annotations whose iscrowd or ignore is neither yes nor no": "Write 0 or 1.",
+    "datasets without images": 'Fill "images".',
+    "datasets without categories": 'Fill "categories".',
+    # Found by reading the files:
+    "images unreadable": "Copy them again, or remove them.",
+    "images of another size than the annotation file says": "Correct sizes and boxes.",
+    # In training:
+    "datasets without boxes": "There is nothing to learn from: annotate some objects that are no crowd.",
+}
+# What is repaired and counted, by kind, and how.
+REPAIRED = {
+    "numbers written as text": "read as numbers",
+    "category names that are no text": "taken as text",
+    "category names that stand twice": "completed by their ids",
+    "annotations without an area": "width x height",
+    "annotations without iscrowd": "taken as 0",
+    "annotations with ignore": "taken as crowd",
+    "annotation ids that are missing, duplicated or no positive whole number": "numbered anew",
+    "image ids of mixed types": "taken as text",
+    "images without a width and height in the annotation file": "read from the image files",
+    "image entries that stand twice": "taken once",
+}
 
 
-def read_class_names(json_file: str) -> list[str]:
-    """Return the class names in a COCO-format annotation file, in the order of their ids.
+class Report:
+    """Findings by kind, with the first few examples.
+
+    Attributes:
+        counts: how often each kind was found.
+        examples: the first five of each kind.
+    """
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = defaultdict(list)
+        self.logged = False
+
+    def add(self, kind: str, example: object = "", count: int = 1) -> None:
+        """Count a finding: an error if its kind is in :data:`ERRORS`, a repair if it is in :data:`REPAIRED`, else a warning."""
+        self.counts[kind] += count
+        if example != "" and len(self.examples[kind]) < 5:
+            self.examples[kind].append(one_line(example)[:200])
+
+    def _kinds(self, level: str) -> list[str]:
+        levels = {**dict.fromkeys(ERRORS, "error"), **dict.fromkeys(REPAIRED, "repaired")}
+        return sorted(kind for kind in self.counts if levels.get(kind, "warning") == level)
+
+    @property
+    def errors(self) -> list[str]:
+        """The kinds of errors found."""
+        return self._kinds("error")
+
+    def _describe(self, kind: str) -> str:
+        more = ", ..." if self.counts[kind] > len(self.examples[kind]) else ""
+        examples = f" ({', '.join(self.examples[kind])}{more})" if self.examples[kind] else ""
+        return f"{kind}: {self.counts[kind]}{examples}"
+
+    def lines(self) -> list[str]:
+        """Return one line per kind, errors first, for a person to read."""
+        return [
+            *(f"ERROR: {self._describe(kind)}. {ERRORS[kind]}" for kind in self.errors),
+            *(f"warning: {self._describe(kind)}" for kind in self._kinds("warning")),
+            *(f"repaired: {self._describe(kind)}: {REPAIRED[kind]}" for kind in self._kinds("repaired")),
+        ]
+
+    def refuse_errors(self, path: str, except_for: str | None = None) -> None:
+        """Raise a :class:`UserError` that names the file, the entries and the remedy, if there are errors.
+
+        Args:
+            path: of the file.
+            except_for: a kind of error that does not matter.
+        """
+        errors = [kind for kind in self.errors if kind != except_for]
+        if errors:
+            kind, *others = errors
+            more = f" It has {len(others)} more kinds of errors: {', '.join(others)}." if others else ""
+            raise UserError(f"{path} has {self._describe(kind)}. {ERRORS[kind]}{more}")
+
+    def log(self, path: str) -> None:
+        """Log warnings and repairs, one line per kind, if they have not been logged yet."""
+        if self.logged:
+            return
+        self.logged = True
+        for kind in self._kinds("warning"):
+            logger.warning("%s has %s.", path, self._describe(kind))
+        for kind in self._kinds("repaired"):
+            logger.info("%s has %s: %s.", path, self._describe(kind), REPAIRED[kind])
+
+
+@dataclass
+class CocoAnnotations:
+    """A COCO-format annotation file as it was read. N boxes in I images, of K classes.
+
+    Attributes:
+        path: of the file.
+        image_root: the folder that ``file_names`` are relative to.
+        class_names: in the order of the category ids.
+        category_ids: in ascending order.
+        image_ids: whole numbers or texts, in ascending order.
+        file_names: of each image.
+        sizes: (I, 2) int, width and height.
+        image_index: (N,) int, each box's image.
+        class_index: (N,) int, each box's class.
+        boxes: (N, 4) float64, (x, y, width, height) in pixels.
+        areas: (N,) float64, in square pixels.
+        crowd: (N,) bool, of boxes that are neither learned nor counted.
+        annotated: whether the file has annotations at all; COCO's test sets have none.
+        report: what was found while reading.
+    """
+
+    path: str
+    image_root: str
+    class_names: list[str] = field(default_factory=list)
+    category_ids: list[int] = field(default_factory=list)
+    image_ids: list[int | str] = field(default_factory=list)
+    file_names: list[str] = field(default_factory=list)
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    image_index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    class_index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+    areas: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    annotated: bool = True
+    report: Report = field(default_factory=Report)
+
+    def records(self) -> list[dict]:
+        """Return the images in detectron2's standard format."""
+        annotations: list[list[dict]] = [[] for _ in self.image_ids]
+        columns = (self.image_index, self.class_index, self.boxes, self.crowd)
+        for image, label, box, crowd in zip(*(column.tolist() for column in columns)):
+            annotation = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": label, "iscrowd": int(crowd)}
+            annotations[image].append(annotation)
+        return [
+            {
+                "file_name": os.path.join(self.image_root, file_name),
+                "height": height,
+                "width": width,
+                "image_id": image_id,
+                "annotations": found,
+            }
+            for file_name, (width, height), image_id, found in zip(
+                self.file_names, self.sizes.tolist(), self.image_ids, annotations
+            )
+        ]
+
+    def ground_truth(self) -> dict[str, list[dict]]:
+        """Return the content of a file in COCO's format that pycocotools can evaluate; annotations are numbered from 1."""
+        columns = (self.image_index, self.class_index, self.boxes, self.areas, self.crowd)
+        annotations = [
+            {
+                "id": number,
+                "image_id": self.image_ids[image],
+                "category_id": self.category_ids[label],
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(crowd),
+            }
+            for number, (image, label, box, area, crowd) in enumerate(zip(*(c.tolist() for c in columns)), 1)
+        ]
+        images = [
+            {"id": image_id, "file_name": name, "width": width, "height": height}
+            for image_id, name, (width, height) in zip(self.image_ids, self.file_names, self.sizes.tolist())
+        ]
+        categories = [{"id": number, "name": name} for number, name in zip(self.category_ids, self.class_names)]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+
+@functools.lru_cache(maxsize=8)
+def _read_cached(path: str, image_root: str, _version: tuple) -> CocoAnnotations:
+    return _Reader(path, image_root).read()
+
+
+def read_coco(path: str | os.PathLike, image_root: str | os.PathLike) -> CocoAnnotations:
+    """Read an annotation file, repair what is harmless, and report everything; see :class:`CocoAnnotations`.
+
+    A file that has not changed is read once per process. Images are looked for but not
+    opened, except those whose sizes are not in the file.
+
+    Args:
+        path: of the file, or its address.
+        image_root: the folder that its file names are relative to.
 
     Raises:
-        UserError: the file is not in COCO's format.
+        UserError: the file cannot be read, or is not in COCO's format at all. What is wrong with single entries is in the
+            ``report``, see :meth:`Report.refuse_errors`.
     """
-    with PathManager.open(json_file) as f:
+    path, local = os.fspath(path), PathManager.get_local_path(os.fspath(path))
+    check_regular_file(local)
+    status = os.stat(local)
+    return _read_cached(path, os.fspath(image_root), (status.st_mtime_ns, status.st_size))
+
+
+class _Reader:
+    """Reads one file."""
+
+    def __init__(self, path: str, image_root: str):
+        self.result = CocoAnnotations(path, image_root)
+        self.report = self.result.report
+
+    def read(self) -> CocoAnnotations:
+        content = self._parse()
+        images = self._read_images(content["images"])
+        categories = self._read_categories(content["categories"])
+        self.result.annotated = "annotations" in content
+        self._read_annotations(content.get("annotations", []), images, categories)
+        self._check_repeated_files()
+        return self.result
+
+    def _parse(self) -> dict[str, list]:
+        path = self.result.path
         try:
-            categories = json.load(f)["categories"]
-            return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
-        except (ValueError, KeyError, TypeError) as error:
+            with PathManager.open(path, "rb") as file:
+                content = json.loads(file.read())  # UTF-8, UTF-16 or UTF-32, with or without a byte-order mark
+        except UnicodeDecodeError as error:
             raise UserError(
-                f'{json_file} is not in COCO\'s format ({type(error).__name__}: {error}): it needs "images", '
-                '"annotations" and "categories", each category with "id" and "name".'
+                f"{path} is not a text in UTF-8 (byte {error.object[error.start]:#x} at position {error.start}), so that names "
+                "in it cannot be read: save it in UTF-8; it may be in Latin-1 or another local encoding."
             ) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON: {error}.") from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+        for key in ("images", "annotations", "categories"):
+            missing = not isinstance(content, dict) or (key not in content and key != "annotations")
+            if missing or not isinstance(content.get(key, []), list):
+                raise UserError(
+                    f'{path} is not in COCO\'s format: it has no list "{key}". It needs "images", "annotations" and '
+                    '"categories".'
+                )
+        return content
+
+    def _number(self, value: Any) -> float | None:
+        """Return a number, or a text that is one, as a float; else None."""
+        if type(value) is str:
+            try:
+                value = float(value)
+            except ValueError:
+                return None
+            self.report.add("numbers written as text")
+            return value
+        if type(value) not in (int, float):
+            return None
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+
+    def _whole_number(self, value: Any) -> int | None:
+        """Return a whole number, or a text that is one, as an int; else None."""
+        if type(value) is int and abs(value) < 2**63:
+            return value
+        number = self._number(value)
+        return int(number) if number is not None and number.is_integer() and abs(number) < 2**53 else None
+
+    def _read_images(self, entries: list) -> dict[int | str, int]:
+        """Read the images; return each one's index by its id."""
+        found: dict[int | str, dict] = {}
+        if not entries:
+            self.report.add("datasets without images", '"images" is empty')
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                self.report.add("entries that are no objects", f"images, number {number}")
+                continue
+            image_id = _image_id(entry.get("id"))
+            name = entry.get("file_name")
+            where = name if isinstance(name, str) and name else f"number {number}"
+            if image_id is None:
+                self.report.add("images without an id", where)
+            elif not isinstance(name, str) or not name:
+                self.report.add("images without a file_name", f"number {number}, id {image_id}")
+            elif image_id in found:
+                same = entry == found[image_id]
+                self.report.add("image entries that stand twice" if same else "image ids duplicated", image_id)
+            else:
+                found[image_id] = entry
+        if len({type(image_id) for image_id in found}) > 1:
+            self.report.add("image ids of mixed types", count=sum(isinstance(i, int) for i in found))
+            texts = {str(image_id): entry for image_id, entry in found.items()}
+            if len(texts) < len(found):
+                self.report.add("image ids duplicated", "as a number and as text")
+            found = texts
+        existing = self._find_files(entry["file_name"] for entry in found.values())
+        ids = sorted(found)
+        self.result.image_ids = ids
+        self.result.file_names = [found[image_id]["file_name"] for image_id in ids]
+        sizes = [self._size(found[image_id], found[image_id]["file_name"] in existing) for image_id in ids]
+        self.result.sizes = np.array(sizes, np.int64).reshape(-1, 2)
+        return {image_id: index for index, image_id in enumerate(ids)}
+
+    def _find_files(self, names) -> set[str]:
+        """Return those of the file names that exist, and report the others."""
+        root = self.result.image_root
+        folders: dict[str, set[str]] = {}
+        existing = set()
+        for name in names:
+            if "://" in name:
+                self.report.add("images whose file_name is an address", name)
+                continue
+            if "://" in root:  # not on this machine
+                existing.add(name)
+                continue
+            folder, base = os.path.split(os.path.join(root, name))
+            if folder not in folders:
+                try:
+                    folders[folder] = set(os.listdir(folder or "."))
+                except (OSError, ValueError):
+                    folders[folder] = set()
+            if base in folders[folder]:
+                existing.add(name)
+            else:
+                backslash = "images whose file_name has backslashes"
+                self.report.add(backslash if "\\" in name else "images missing", os.path.join(root, name))
+        return existing
+
+    def _size(self, entry: dict, exists: bool) -> tuple[int, int]:
+        """Return width and height of an image, from its entry or else from the file."""
+        sides = tuple(self._whole_number(entry.get(key)) for key in ("width", "height"))
+        if all(side is not None and 0 < side < 2**31 for side in sides):
+            return sides
+        name = entry["file_name"]
+        if exists:
+            try:
+                sides = read_size(os.path.join(self.result.image_root, name))
+            except UserError:
+                self.report.add("images without a width and height", f"{name}, which is no image that can be read")
+            else:
+                self.report.add("images without a width and height in the annotation file", name)
+                return sides
+        return 1, 1  # the image is refused anyway
+
+    def _read_categories(self, entries: list) -> dict[int, int]:
+        """Read the categories; return each one's index by its id."""
+        found: dict[int, str] = {}
+        if not entries:
+            self.report.add("datasets without categories", '"categories" is empty')
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                self.report.add("entries that are no objects", f"categories, number {number}")
+                continue
+            category_id, name = self._whole_number(entry.get("id")), entry.get("name")
+            if isinstance(name, (int, float)) and not isinstance(name, bool):
+                self.report.add("category names that are no text", name)
+                name = str(name)
+            if category_id is None:
+                self.report.add("categories without an id", name or f"number {number}")
+            elif category_id in found:
+                self.report.add("category ids duplicated", category_id)
+            elif not isinstance(name, str) or not one_line(name):
+                self.report.add("categories without a name", category_id)
+            else:
+                found[category_id] = one_line(name)
+        times = Counter(found.values())
+        for category_id, name in found.items():
+            if times[name] > 1:
+                self.report.add("category names that stand twice", name)
+                found[category_id] = f"{name} ({category_id})"
+        self.result.category_ids = sorted(found)
+        self.result.class_names = [found[category_id] for category_id in self.result.category_ids]
+        return {category_id: index for index, category_id in enumerate(self.result.category_ids)}
+
+    def _read_annotations(self, entries: list, images: dict[int | str, int], categories: dict[int, int]) -> None:
+        report = self.report
+        as_text = any(isinstance(image_id, str) for image_id in images)
+        rows, ids = [], set()
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                report.add("entries that are no objects", f"annotations, number {number}")
+                continue
+            where = f"annotation {entry['id']!r}" if "id" in entry else f"annotation number {number}"
+            image_id = _image_id(entry.get("image_id"))
+            if image_id is None:
+                near = did_you_mean("image_id", [key for key in entry if key not in ("image_id", "id")])
+                report.add(
+                    "annotations without an image_id", where + near.replace(" Did you mean", ", which has").rstrip("?")
+                )
+                continue
+            image = images.get(str(image_id) if as_text else image_id)
+            if image is None and isinstance(image_id, str) and not as_text:
+                image = images.get(self._whole_number(image_id))
+            if image is None:
+                report.add("annotations of an unknown image", f"{where}: image {image_id!r}")
+                continue
+            where = f"{self.result.file_names[image]}, {where}"
+            own_id = entry.get("id")
+            if type(own_id) is not int or not 0 < own_id < 2**63 or own_id in ids:
+                report.add("annotation ids that are missing, duplicated or no positive whole number", where)
+            else:
+                ids.add(own_id)
+            label = categories.get(self._whole_number(entry.get("category_id")))
+            if label is None:
+                report.add("annotations of an unknown category", f"{where}: category {entry.get('category_id')!r}")
+                continue
+            box = entry.get("bbox")
+            values = [self._number(value) for value in box] if isinstance(box, list) and len(box) == 4 else [None]
+            if None in values:
+                report.add("annotations without a usable box", f"{where}: {box!r}")
+                continue
+            rows.append((image, label, *values, *self._area_and_crowd(entry, values, where)))
+        table = np.array(rows, np.float64).reshape(-1, 8)
+        self._keep_boxes(table)
+
+    def _area_and_crowd(self, entry: dict, box: list[float], where: str) -> tuple[float, bool]:
+        area = self._number(entry.get("area"))
+        if area is None or not math.isfinite(area) or area < 0:
+            self.report.add("annotations without an area", where)
+            area = box[2] * box[3]
+        flags = []
+        for key in ("iscrowd", "ignore"):
+            flag = _flag(entry[key]) if key in entry else False
+            if flag is None:
+                kind = "annotations whose iscrowd or ignore is neither yes nor no"
+                self.report.add(kind, f"{where}: {key} {entry[key]!r}")
+            flags.append(bool(flag))
+        if "iscrowd" not in entry:
+            self.report.add("annotations without iscrowd", where)
+        if flags[1] and not flags[0]:
+            self.report.add("annotations with ignore", where)
+        return area, any(flags)
+
+    def _keep_boxes(self, table: np.ndarray) -> None:
+        """Keep the boxes that can be learned, cut at the edges of their images, and report the others."""
+        result = self.result
+        image, label = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
+        boxes, areas, crowd = table[:, 2:6], table[:, 6], table[:, 7] > 0
+        sizes = result.sizes[image].astype(np.float64) if len(image) else np.zeros((0, 2))
+        names = result.file_names
+        finite = np.isfinite(boxes).all(1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+            positive = (boxes[:, 2:] > 0).all(1) & (high > low).all(1)
+            inside_low, inside_high = np.clip(low, 0, sizes), np.clip(high, 0, sizes)
+            inside = (inside_high > inside_low).all(1)
+            over = np.maximum(np.abs(low - inside_low), np.abs(high - inside_high)).max(1, initial=0) > 1
+        kinds = (
+            ("boxes that are not finite", ~finite),
+            ("boxes of width or height zero or less", finite & ~positive),
+            ("boxes outside their image", finite & positive & ~inside),
+            ("boxes that reach over their image by more than a pixel", finite & positive & inside & over),
+        )
+        for kind, which in kinds:
+            for index in np.flatnonzero(which)[:5]:
+                self.report.add(kind, f"{names[image[index]]}: {boxes[index].tolist()}", count=0)
+            if which.any():
+                self.report.add(kind, count=int(which.sum()))
+        kept = finite & positive & inside
+        cut = kept & over
+        boxes = np.where(cut[:, None], np.concatenate([inside_low, inside_high - inside_low], 1), boxes)
+        areas = np.where(cut, np.minimum(areas, boxes[:, 2] * boxes[:, 3]), areas)
+        self._look_at_units(table[:, 2:6], kept, over, sizes)
+        result.image_index, result.class_index = image[kept], label[kept]
+        result.boxes, result.areas, result.crowd = boxes[kept], areas[kept], crowd[kept]
+
+    def _look_at_units(self, boxes: np.ndarray, kept: np.ndarray, over: np.ndarray, sizes: np.ndarray) -> None:
+        """Report boxes that look as if they were in another format."""
+        if not len(boxes):
+            return
+        as_corners = over & (boxes[:, 2:] <= sizes + 1).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        if as_corners.sum() > 0.2 * len(boxes):
+            message = "a fifth or more fit as [x0, y0, x1, y1]; COCO's format is [x, y, width, height]"
+            self.report.add("boxes look like corners", message)
+        if ((boxes >= 0) & (boxes <= 1)).all():
+            self.report.add("boxes look normalised", "all values lie in [0, 1]; COCO's format is in pixels")
+
+    def _check_repeated_files(self) -> None:
+        """Report files that several images name: harmless if these have the same boxes, else each lacks some."""
+        result = self.result
+        entries = defaultdict(list)
+        for index, name in enumerate(result.file_names):
+            entries[os.path.normpath(name)].append(index)
+        repeated = {name: indices for name, indices in entries.items() if len(indices) > 1}
+        if not repeated:
+            return
+        contents = defaultdict(list)
+        for image, label, box in zip(result.image_index.tolist(), result.class_index.tolist(), result.boxes.tolist()):
+            contents[image].append((label, *box))
+        for name, indices in repeated.items():
+            same = len({tuple(sorted(contents[index])) for index in indices}) == 1
+            self.report.add("images listed twice" if same else "images listed twice with other boxes", name)
+
+
+def _image_id(value: Any) -> int | str | None:
+    """Return an image's id as an int that numpy can hold, or as text; None if it is neither."""
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    if type(value) is int:
+        return value if abs(value) < 2**63 else str(value)
+    return value if isinstance(value, str) and value else None
+
+
+def _flag(value: Any) -> bool | None:
+    """Return what a value of any form says, yes or no; None if it says neither."""
+    if value is None:
+        return False
+    if isinstance(value, str):
+        return {"0": False, "false": False, "no": False, "": False, "1": True, "true": True, "yes": True}.get(
+            value.lower()
+        )
+    return bool(value) if isinstance(value, (bool, int, float)) else None
 
 
 def register_coco_format(cfg) -> None:
@@ -36,10 +551,11 @@ def register_coco_format(cfg) -> None:
         cfg: each entry is (name, annotation file, image folder); class names come from the file's ``categories``.
 
     Raises:
-        UserError: an entry has another form, the name belongs to another dataset, or a file or folder does not exist.
+        UserError: an entry has another form, the name belongs to another dataset, a file or folder does not exist, or the
+            file cannot be used.
     """
     for entry in cfg.DATASETS.COCO_FORMAT:
-        if len(entry) != 3 or not all(isinstance(part, str) for part in entry):
+        if not isinstance(entry, (list, tuple)) or len(entry) != 3 or not all(isinstance(part, str) for part in entry):
             raise UserError(
                 f"DATASETS.COCO_FORMAT has the entry {entry!r}: each is [name, annotation file, image folder]."
             )
@@ -49,7 +565,7 @@ def register_coco_format(cfg) -> None:
             if known != json_file:
                 raise UserError(f"DATASETS.COCO_FORMAT: the name {name!r} belongs to {known}: choose another.")
             continue
-        if not PathManager.isfile(json_file):
+        if not PathManager.exists(json_file):
             raise UserError(
                 f"DATASETS.COCO_FORMAT: {name}'s annotation file {json_file} does not exist (looked in {os.getcwd()})."
             )
@@ -58,7 +574,43 @@ def register_coco_format(cfg) -> None:
                 f"DATASETS.COCO_FORMAT: {name}'s image folder {image_root} does not exist (looked in {os.getcwd()})."
             )
         try:
-            names = read_class_names(json_file)
+            annotations = read_coco(json_file, image_root)
+            annotations.report.refuse_errors(json_file, except_for="images missing")  # not every use needs the images
         except UserError as error:
             raise UserError(f"DATASETS.COCO_FORMAT: {error}") from error
-        register_coco_instances(name, {"thing_classes": names}, json_file, image_root)
+        register_coco_file(CocoFile(json_file, image_root), name, annotations.class_names, annotations.category_ids)
+
+
+class CocoFile:
+    """A COCO-format dataset in detectron2's catalog, which calls it to load the dataset."""
+
+    def __init__(self, json_file: str, image_root: str, prepare: Callable[[], None] | None = None):
+        """
+        Args:
+            json_file, image_root: see :func:`read_coco`.
+            prepare: is called before the file is read; it may write it.
+        """
+        self.json_file = json_file
+        self.image_root = image_root
+        self.prepare = prepare
+
+    def read(self) -> CocoAnnotations:
+        """Read the file; see :func:`read_coco`."""
+        if self.prepare is not None:
+            self.prepare()
+        return read_coco(self.json_file, self.image_root)
+
+    def __call__(self) -> list[dict]:
+        return self.read().records()
+
+
+def register_coco_file(file: CocoFile, name: str, class_names: Sequence[str], category_ids: Sequence[int]) -> None:
+    """Register a COCO-format file, with the names and ids of its classes, in detectron2's catalogs."""
+    DatasetCatalog.register(name, file)
+    MetadataCatalog.get(name).set(
+        json_file=file.json_file,
+        image_root=file.image_root,
+        evaluator_type="coco",
+        thing_classes=list(class_names),
+        thing_dataset_id_to_contiguous_id={number: index for index, number in enumerate(category_ids)},
+    )

@@ -1,9 +1,15 @@
 """DETR's training augmentation, for detectron2's dataset mapper."""
 
+import copy
+
+import numpy as np
+import torch
+from detectron2.config import configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 
 from ..errors import UserError
+from .images import log_once, open_picture
 
 __all__ = ["DetrDatasetMapper", "build_train_augmentation"]
 
@@ -42,10 +48,16 @@ def build_train_augmentation(cfg) -> list[T.Augmentation]:
 
 
 class DetrDatasetMapper(DatasetMapper):
-    """detectron2's mapper with :func:`build_train_augmentation` in training; it logs what it applies.
+    """detectron2's mapper for boxes, with :func:`build_train_augmentation` in training; it logs what it applies.
 
-    Boxes are clipped to the cropped image, and dropped if nothing is left. An image may end up without boxes.
+    Pictures are read by :func:`samdetr.data.images.open_picture`. Boxes are clipped to the cropped image, and dropped if
+    nothing is left. An image may end up without boxes.
     """
+
+    @configurable
+    def __init__(self, *args, max_pixels: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.max_pixels = max_pixels
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
@@ -54,4 +66,26 @@ class DetrDatasetMapper(DatasetMapper):
         arguments = super().from_config(cfg, is_train)
         if is_train:
             arguments["augmentations"] = build_train_augmentation(cfg)
-        return arguments
+        return {**arguments, "max_pixels": cfg.INPUT.MAX_PIXELS}
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """Turn a record in detectron2's standard format into the model's input.
+
+        Raises:
+            UserError: the picture cannot be used; the message names it.
+        """
+        result = copy.deepcopy(dataset_dict)
+        size = (result["width"], result["height"]) if {"width", "height"} <= result.keys() else None
+        picture = open_picture(result["file_name"], annotated_size=size, max_pixels=self.max_pixels)
+        for note in picture.notes:
+            log_once(note, result["file_name"])
+        result["width"], result["height"] = picture.size
+        pixels = picture.pixels[:, :, ::-1] if self.image_format == "BGR" else picture.pixels
+        augmented = T.AugInput(pixels)
+        transforms = self.augmentations(augmented)
+        result["image"] = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        if not self.is_train:
+            result.pop("annotations", None)
+        elif "annotations" in result:
+            self._transform_annotations(result, transforms, augmented.image.shape[:2])
+        return result

@@ -12,15 +12,15 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from iopath.common.file_io import file_lock
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
 from ..errors import UserError
+from .coco_format import CocoFile, register_coco_file
 
 __all__ = ["DIGITS_DATASETS", "DIGIT_CLASSES", "register_digits", "write_digits"]
 
@@ -196,17 +196,9 @@ def register_digits(root: str) -> None:
     """Register ``digits_train`` and ``digits_val``; the files are written when a dataset is first loaded."""
     for split in _SPLITS:
         json_file, image_root = _dataset_paths(root, split)
-        name = f"digits_{split}"
-
-        def load(name=name, json_file=json_file, image_root=image_root):
-            write_digits(root)
-            return load_coco_json(json_file, image_root, name)
-
-        DatasetCatalog.register(name, load)
-        MetadataCatalog.get(name).set(
-            json_file=json_file,
-            image_root=image_root,
-            evaluator_type="coco",
-            thing_classes=DIGIT_CLASSES,
-            thing_dataset_id_to_contiguous_id={digit + 1: digit for digit in range(len(DIGIT_CLASSES))},
+        register_coco_file(
+            CocoFile(json_file, image_root, prepare=partial(write_digits, root)),
+            f"digits_{split}",
+            class_names=DIGIT_CLASSES,
+            category_ids=range(1, len(DIGIT_CLASSES) + 1),
         )

@@ -14,18 +14,15 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from PIL.Image import DecompressionBombError
 from torch.utils.data import Dataset, Sampler
 
-__all__ = ["SampledDataset", "TrainingBatchSampler", "UnreadableImageError", "seeded"]
+from ..errors import UserError
+
+__all__ = ["MappedDataset", "SampledDataset", "TrainingBatchSampler", "seeded"]
 
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 20  # how many images to try in place of one that cannot be read
-
-
-class UnreadableImageError(RuntimeError):
-    """An image or its annotations cannot be used; the message names the file."""
 
 
 @contextlib.contextmanager
@@ -97,49 +94,58 @@ class TrainingBatchSampler(Sampler):
             yield from torch.randperm(self.size, generator=generator).tolist()
 
 
-class SampledDataset(Dataset):
+class MappedDataset(Dataset):
+    """Map records; what the user can mend becomes ``{"error": message}``, so that it passes from a worker as it is."""
+
+    def __init__(self, records, mapper: Callable[[dict], dict]):
+        """
+        Args:
+            records: detectron2's dataset dicts, by index.
+            mapper: turns one of them into the model's input, or raises a :class:`UserError`.
+        """
+        self.records = records
+        self.mapper = mapper
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            return self.mapper(self.records[index])
+        except UserError as error:
+            return {"error": str(error)}
+
+
+class SampledDataset(MappedDataset):
     """Map what the sampler yields, each sample with random numbers of its own.
 
     Attributes:
         seed: of the augmentation; may be set before iteration starts.
     """
 
-    def __init__(self, dataset, mapper: Callable[[dict], dict], *, seed: int, skip_unreadable: bool):
+    def __init__(self, records, mapper: Callable[[dict], dict], *, seed: int, skip_unreadable: bool):
         """
         Args:
-            dataset: detectron2's dataset dicts, by index.
-            mapper: turns one of them into the model's input.
+            records, mapper: see :class:`MappedDataset`.
             seed: of the augmentation.
             skip_unreadable: whether to use another image in place of one that cannot be read. The mapped dict then names
                 those left out under ``unreadable_files``.
         """
-        self.dataset = dataset
-        self.mapper = mapper
+        super().__init__(records, mapper)
         self.seed = seed
         self.skip_unreadable = skip_unreadable
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         place, index = key
         unreadable: list[str] = []
         with seeded(self.seed, place):
             for _ in range(_ATTEMPTS):
-                record = self.dataset[index]
-                try:
-                    mapped = self.mapper(record)
-                except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:  # what PIL raises
-                    name = str(record.get("file_name", record.get("image_id")))
-                    if not self.skip_unreadable:
-                        raise UnreadableImageError(
-                            f"{name} cannot be used: {type(error).__name__}: {error}. Repair or remove it, or set "
-                            'DATALOADER.UNREADABLE_IMAGES "skip".'
-                        ) from error
-                    unreadable.append(name)
-                    index = random.randrange(len(self.dataset))
-                    continue
-                if unreadable:
-                    mapped["unreadable_files"] = unreadable
-                return mapped
-        raise UnreadableImageError(f"{_ATTEMPTS} images in a row cannot be used, the last is {unreadable[-1]}.")
+                mapped = super().__getitem__(index)
+                if "error" not in mapped:
+                    return {**mapped, "unreadable_files": unreadable} if unreadable else mapped
+                if not self.skip_unreadable:
+                    return {"error": f'{mapped["error"]} Or set DATALOADER.UNREADABLE_IMAGES "skip".'}
+                record = self.records[index]
+                unreadable.append(str(record.get("file_name", record.get("image_id"))))
+                index = random.randrange(len(self))
+        return {"error": f"{_ATTEMPTS} images in a row cannot be used, the last is {unreadable[-1]}."}

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-from detectron2.data import Metadata, detection_utils
+from detectron2.data import Metadata
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
+
+from ..data.images import open_picture
+from .text import as_drawn
 
 __all__ = ["draw_annotations", "draw_beside_truth", "draw_detections", "draw_pairs"]
 
@@ -14,7 +17,7 @@ _SHORTEST_SIDE, _LONGEST_SIDE = 256, 1024
 
 
 def _visualizer(image: np.ndarray, class_names: Sequence[str]) -> Visualizer:
-    metadata = Metadata().set(thing_classes=list(class_names))
+    metadata = Metadata().set(thing_classes=[as_drawn(name) for name in class_names])
     height, width = image.shape[:2]
     scale = max(1.0, min(_SHORTEST_SIDE / min(height, width), _LONGEST_SIDE / max(height, width)))
     return Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
@@ -55,7 +58,8 @@ def draw_beside_truth(
         record: in detectron2's standard format.
         instances, class_names, score_threshold: see :func:`draw_detections`.
     """
-    image = detection_utils.read_image(record["file_name"], format="RGB")
+    size = (record["width"], record["height"])
+    image = open_picture(record["file_name"], annotated_size=size).pixels
     truth = draw_annotations(image, record, class_names)
     return truth, draw_detections(image, instances, class_names, score_threshold)
 

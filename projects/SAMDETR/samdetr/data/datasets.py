@@ -1,0 +1,161 @@
+"""Load registered datasets, with their classes in the model's order.
+
+Datasets that are files in COCO's format are read by this project's reader, also those that were registered by detectron2.
+"""
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from ..errors import UserError
+from .coco_format import CocoAnnotations, CocoFile
+
+__all__ = ["class_names_of", "clean_annotations", "load_records", "match_classes", "read_dataset"]
+
+logger = logging.getLogger(__name__)
+
+
+def read_dataset(name: str, *, training: bool = False, skip_missing: bool = False) -> CocoAnnotations | None:
+    """Read a registered dataset that is a file in COCO's format; return None for any other dataset. Changes nothing.
+
+    Args:
+        name: of the dataset.
+        training: whether it is to be trained on, for which it needs boxes.
+        skip_missing: whether images may be missing.
+
+    Raises:
+        UserError: the file cannot be used; see :func:`samdetr.data.coco_format.read_coco`.
+    """
+    file, metadata = DatasetCatalog[name], MetadataCatalog.get(name)
+    if getattr(file, "__module__", "") == "detectron2.data.datasets.coco" and metadata.get("evaluator_type") == "coco":
+        file = CocoFile(metadata.json_file, metadata.image_root)  # registered by detectron2's register_coco_instances
+    if not isinstance(file, CocoFile):
+        return None
+    annotations = file.read()
+    annotations.report.refuse_errors(file.json_file, except_for="images missing" if skip_missing else None)
+    if training and annotations.crowd.all():
+        what = "only crowd regions" if len(annotations.crowd) else "no boxes"
+        raise UserError(f"{file.json_file} has {what}, so that there is nothing to learn from: annotate some objects.")
+    named = metadata.get("thing_classes")
+    if named is not None and list(named) != annotations.class_names:
+        raise UserError(
+            f"{name!r} was registered with the classes {_some(named)}, but {file.json_file} has "
+            f"{_some(annotations.class_names)}: register it with those."
+        )
+    return annotations
+
+
+def class_names_of(name: str) -> list[str] | None:
+    """Return the names of a registered dataset's classes, by index; None if they are not known before it is loaded."""
+    names = MetadataCatalog.get(name).get("thing_classes")
+    if names is None:
+        annotations = read_dataset(name, skip_missing=True)
+        names = annotations and annotations.class_names
+    return None if names is None else list(names)
+
+
+def match_classes(own: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Match classes by name: return the index in ``wanted`` of each class in ``own``.
+
+    Raises:
+        UserError: they are not the same names.
+    """
+    if sorted(own) != sorted(wanted):
+        extra, missing = ([name for name in a if name not in b] for a, b in ((own, wanted), (wanted, own)))
+        raise UserError(
+            f"of its {len(own)} classes, it alone has {_some(extra) if extra else 'none'}, and lacks "
+            f"{_some(missing) if missing else 'none'}. Classes are matched by name: give the same ones the same names."
+        )
+    return [list(wanted).index(name) for name in own]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
+
+
+def load_records(
+    name: str, class_names: Sequence[str] | None = None, *, training: bool = False, skip_missing: bool = False
+) -> list[dict]:
+    """Load a registered dataset in detectron2's standard format, without boxes that nothing can be learned from.
+
+    Args:
+        name: of the dataset.
+        class_names: the model's classes, by index; None for the dataset's own order.
+        training, skip_missing: see :func:`read_dataset`.
+
+    Raises:
+        UserError: the dataset cannot be used, or has other classes than the model.
+    """
+    annotations = read_dataset(name, training=training, skip_missing=skip_missing)
+    metadata = MetadataCatalog.get(name)
+    if annotations is None:
+        records = clean_annotations(DatasetCatalog.get(name))
+    else:
+        annotations.report.log(annotations.path)
+        records = annotations.records()
+        ids = {number: index for index, number in enumerate(annotations.category_ids)}
+        for key, value in (("thing_classes", annotations.class_names), ("thing_dataset_id_to_contiguous_id", ids)):
+            if metadata.get(key) is None:  # registered by detectron2, which fills it in when a dataset is loaded
+                metadata.set(**{key: value})
+    own = metadata.get("thing_classes")
+    if class_names is not None and own is not None and list(own) != list(class_names):
+        try:
+            order = match_classes(own, class_names)
+        except UserError as error:
+            raise UserError(f"The dataset {name!r} does not fit: {error}") from error
+        logger.info("The classes of %s are in another order than the model's, and are matched by name.", name)
+        for record in records:
+            found = record.get("annotations", [])
+            record["annotations"] = [{**entry, "category_id": order[entry["category_id"]]} for entry in found]
+    return records
+
+
+def clean_annotations(dataset_dicts: list[dict]) -> list[dict]:
+    """Drop boxes that nothing can be learned from, clip those that reach over the image's edge, and log how many.
+
+    Args:
+        dataset_dicts: detectron2's standard dataset dicts, which stay unchanged. Without ``height`` and ``width``, boxes
+            that reach over the right or lower edge are left to the dataset mapper.
+
+    Returns:
+        The same images in the same order, including those left without boxes.
+    """
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+
+    def cleaned(annotation: dict, record: dict) -> dict | None:
+        corners = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        x0, y0, x1, y1 = corners
+        size = [record.get("width", np.inf), record.get("height", np.inf)]
+        clipped = np.clip(corners, 0, size * 2).tolist()
+        if not np.isfinite(corners).all():
+            kind = "dropped: not finite"
+        elif x1 <= x0 or y1 <= y0:
+            kind = "dropped: width or height not positive"
+        elif clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+            kind = "dropped: outside the image"
+        elif max(abs(a - b) for a, b in zip(clipped, corners)) > 1:
+            kind = "clipped: reaching over the image's edge by more than a pixel"
+        else:
+            return annotation
+        counts[kind] += 1
+        examples.setdefault(kind, str(record.get("file_name", record.get("image_id"))))
+        if kind.startswith("dropped"):
+            return None
+        return {**annotation, "bbox": clipped, "bbox_mode": BoxMode.XYXY_ABS}
+
+    result = []
+    for record in dataset_dicts:
+        record = copy.copy(record)
+        if "annotations" in record:
+            annotations = [cleaned(annotation, record) for annotation in record["annotations"]]
+            record["annotations"] = [annotation for annotation in annotations if annotation is not None]
+        result.append(record)
+    for kind, count in sorted(counts.items()):
+        logger.warning("Boxes %s: %d, the first in %s.", kind, count, examples[kind])
+    return result
