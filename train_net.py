@@ -9,8 +9,10 @@ Examples:
     srun --ntasks-per-node 8 ./train_net.py --config-file CONFIG
 """
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from samdetr.checks import check_config
 from samdetr.config import find_config
 from samdetr.data import register_coco_format
 from samdetr.engine import Trainer, evaluate
+from samdetr.engine.output import lock_folder
+from samdetr.engine.stops import StopRequested, is_lost_partner, pass_signals_on
 from samdetr.errors import UserError
 
 logger = logging.getLogger("detectron2")
@@ -67,26 +71,46 @@ def main(args, cfg):
         kept.rename(kept.with_name("config_eval.yaml" if args.eval_only else "config_resumed.yaml"))
         kept.write_text(earlier)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="samdetr")
+    logging.raiseExceptions = False  # a full disk is said once, by what fails, and not by every line of the log
+    name = f" (process {comm.get_rank()})" if comm.get_world_size() > 1 else ""
     try:
         if args.eval_only:
             return evaluate(cfg)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
-    except UserError as error:
-        sys.exit(f"error (process {comm.get_rank()}): {error}" if comm.get_world_size() > 1 else f"error: {error}")
+    except (UserError, OSError) as error:
+        sys.exit(f"error{name}: {error}")
+    except StopRequested:
+        if not args.eval_only and comm.is_main_process():
+            print(f"Continue with: --resume OUTPUT_DIR {cfg.OUTPUT_DIR}", file=sys.stderr)
+        raise
+    except RuntimeError as error:
+        if not is_lost_partner(error):
+            raise
+        sys.exit(
+            f"error{name}: another process of this run has ended, see its own message. Start all of them again, with --resume."
+        )
 
 
 def run(args):
-    """Start the processes, unless torchrun or SLURM has started them, and run."""
+    """Check everything, take hold of OUTPUT_DIR, and run."""
     if "LOCAL_RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         join_slurm_job()
     cfg = read_config(args)
+    main_machine = args.machine_rank == 0 and int(os.environ.get("RANK", 0)) == 0
+    with lock_folder(cfg.OUTPUT_DIR) if main_machine and not args.eval_only else contextlib.nullcontext():
+        start(args, cfg)
+
+
+def start(args, cfg):
+    """Start the processes, unless torchrun or SLURM has started them, and run."""
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     if not cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # detectron2 uses NCCL wherever it sees a GPU
     if "LOCAL_RANK" not in os.environ:
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args, cfg))
+        with pass_signals_on() if args.num_gpus > 1 else contextlib.nullcontext():
+            launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args, cfg))
         return
     if cuda:  # a launcher may show each process only its own device
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -121,3 +145,7 @@ if __name__ == "__main__":
     except torch.multiprocessing.ProcessExitedException as error:
         # A negative code is that of a signal; otherwise the process has said why.
         sys.exit(f"error: {error}" if error.exit_code < 0 else error.exit_code)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before training has begun
+        sys.exit(128 + signal.SIGINT)

@@ -1,5 +1,6 @@
 """samdetr.engine.trainer: checkpoints, resuming, averages, the best weights."""
 
+import json
 import logging
 import os
 
@@ -9,7 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
 from helpers import DN, load_config, make_input, tiny_config, tiny_model
-from samdetr.checkpoint import CheckedCheckpointer
+from samdetr.checkpoint import CheckedCheckpointer, Checkpoint
 from samdetr.engine import Trainer
 from samdetr.engine.trainer import freeze_unused_backbone
 from samdetr.errors import UserError
@@ -190,3 +191,44 @@ def test_the_best_weights_are_remembered_when_a_run_is_resumed(tmp_path, monkeyp
     best = torch.load(tmp_path / "model_best.pth", weights_only=True)
     assert (best["metric"], best["iteration"]) == (scores[0], 1)
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+@pytest.mark.parametrize("final", ["missing", "damaged"])
+def test_a_complete_run_without_a_good_final_checkpoint_writes_it(tmp_path, final):
+    options = ["SOLVER.MAX_ITER", 4, "SOLVER.STEPS", (3,), "SOLVER.CHECKPOINT_PERIOD", 4]
+    whole = train(trainer_config(tmp_path, *options))
+    path = tmp_path / "model_final.pth"
+    path.unlink() if final == "missing" else path.write_bytes(path.read_bytes()[:-100])
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    train(trainer_config(tmp_path, *options), resume=True)
+    written = Checkpoint.read(path)
+    assert written.iteration == 3
+    assert all(torch.equal(written.weights[name], value) for name, value in whole.inner_model.state_dict().items())
+    before = path.stat().st_mtime_ns
+    train(trainer_config(tmp_path, *options), resume=True)  # it is good: it stays
+    assert path.stat().st_mtime_ns == before
+
+
+def test_metrics_name_every_iteration_once_however_often_a_run_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": 12.0}})
+    options = ["DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 3]
+    train(trainer_config(tmp_path / "whole", *options))
+    train_until(start(trainer_config(tmp_path / "stopped", *options)), 5)
+    for _ in range(3):
+        train(trainer_config(tmp_path / "stopped", *options), resume=True)
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.json").read_text().splitlines()]
+        for name in ("whole", "stopped")
+    ]
+    iterations = [[line["iteration"] for line in found] for found in lines]
+    assert len(set(iterations[1])) == len(iterations[1])
+    assert set(iterations[1]) == {*iterations[0], 4}  # the last before the stop is written as well
+
+
+def test_resuming_with_other_classes_is_refused(tmp_path):
+    train(trainer_config(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)))
+    data = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    data["class_names"] = data["class_names"][::-1]
+    torch.save(data, tmp_path / "model_final.pth")
+    with pytest.raises(UserError, match=r"trained on other classes, or in another order, .* \(class 0 differs\)"):
+        train(trainer_config(tmp_path), resume=True)

@@ -3,39 +3,98 @@
 import contextlib
 import io
 import json
+import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import Metadata
 from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation.coco_evaluation import COCOeval_opt
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from ..data import build_test_loader
+from ..data import build_test_loader, load_records, match_classes, read_dataset
 from ..errors import UserError
 from ..solver import autocast
 
-__all__ = ["ImageEvaluation", "build_evaluator", "evaluate_images", "f1", "write_results"]
+__all__ = ["CheckedEvaluator", "ImageEvaluation", "build_evaluator", "evaluate_images", "f1", "write_results"]
 
 
-class _CheckedEvaluator(COCOEvaluator):
-    """detectron2's evaluator, for annotations with any ids; it keeps pycocotools' result, with precision by recall.
+class CheckedEvaluator(COCOEvaluator):
+    """detectron2's evaluator, against what :func:`samdetr.data.read_coco` reads, for annotations with any ids.
 
-    pycocotools counts an annotation whose id is 0 as not found by any detection. The ids have no other use here, so all
-    annotations are numbered from 1.
+    pycocotools would count an annotation whose id is 0 as not found by any detection; here they are numbered from 1.
+
+    Attributes:
+        coco_eval: pycocotools' result of the last evaluation, with precision by recall.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for number, annotation in enumerate(self._coco_api.dataset.get("annotations", []), 1):
-            annotation["id"] = number
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: tuple[str, ...] | None = None,
+        output_dir: str | None = None,
+        max_dets_per_image: int = 100,
+    ):
+        """
+        Args:
+            dataset_name, tasks, output_dir, max_dets_per_image: see :class:`detectron2.evaluation.COCOEvaluator`.
+
+        Raises:
+            UserError: the dataset cannot be used.
+        """
+        annotations = read_dataset(dataset_name, skip_missing=True)  # images are another matter
+        if annotations is None:
+            super().__init__(dataset_name, tasks, output_dir=output_dir, max_dets_per_image=max_dets_per_image)
+            return
+        # Replaces COCOEvaluator.__init__, which reads the annotation file itself.
+        self._logger = logging.getLogger(COCOEvaluator.__module__)
+        self._distributed = True
+        self._output_dir = output_dir
+        self._use_fast_impl = COCOeval_opt is not COCOeval  # COCOeval stands in for it where it was not built
+        self._max_dets_per_image = [1, 10, max_dets_per_image]
+        self._tasks = tasks
+        self._cpu_device = torch.device("cpu")
+        self._kpt_oks_sigmas = ()
+        self._do_evaluation = annotations.annotated
+        self._coco_api = COCO()
+        self._coco_api.dataset = annotations.ground_truth()
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco_api.createIndex()
+        ids = {number: index for index, number in enumerate(annotations.category_ids)}
+        self._metadata = Metadata(name=dataset_name).set(
+            thing_classes=annotations.class_names, thing_dataset_id_to_contiguous_id=ids
+        )
+
+    def use_classes(self, class_names: Sequence[str]) -> None:
+        """Evaluate a model whose classes have these names, by index; the dataset may have them in another order.
+
+        Raises:
+            UserError: the dataset has other classes.
+        """
+        own = self._metadata.get("thing_classes")
+        if own is None or list(own) == list(class_names):
+            return
+        order = match_classes(own, class_names)
+        ids = self._metadata.get("thing_dataset_id_to_contiguous_id") or {index: index for index in range(len(own))}
+        ids = {number: order[index] for number, index in ids.items()}
+        self._metadata = Metadata(name=self._metadata.name).set(
+            thing_classes=own, thing_dataset_id_to_contiguous_id=ids
+        )
+
+    def _eval_predictions(self, predictions, img_ids=None):
+        if self._do_evaluation and all(entry["iscrowd"] for entry in self._coco_api.dataset["annotations"]):
+            self._do_evaluation = False
+            self._logger.warning("%s has no annotated objects: there is no AP.", self._metadata.name)
+        super()._eval_predictions(predictions, img_ids=img_ids)
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         self.coco_eval = coco_eval
@@ -44,7 +103,7 @@ class _CheckedEvaluator(COCOEvaluator):
 
 def build_evaluator(
     cfg, dataset_name: str, output_dir: str | None, tasks: tuple[str, ...] | None = None
-) -> COCOEvaluator:
+) -> CheckedEvaluator:
     """Build the evaluator that every evaluation here uses.
 
     Args:
@@ -52,9 +111,11 @@ def build_evaluator(
         dataset_name: name of a registered dataset.
         output_dir: where to write the detections; None not to write them.
         tasks: such as "bbox"; None for whatever the model predicts.
+
+    Raises:
+        UserError: the dataset cannot be used.
     """
-    limit = max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
-    return _CheckedEvaluator(dataset_name, tasks=tasks, output_dir=output_dir, max_dets_per_image=limit)
+    return CheckedEvaluator(dataset_name, tasks, output_dir, max(100, cfg.TEST.DETECTIONS_PER_IMAGE))
 
 
 def write_results(cfg, results: dict, name: str, weights: str) -> None:
@@ -94,7 +155,12 @@ class ImageEvaluation:
 
 
 def evaluate_images(
-    cfg, model: torch.nn.Module, dataset_name: str, max_images: int | None, score_threshold: float
+    cfg,
+    model: torch.nn.Module,
+    dataset_name: str,
+    max_images: int | None,
+    score_threshold: float,
+    class_names: Sequence[str] | None = None,
 ) -> ImageEvaluation:
     """Evaluate a model as a training run does, and keep the detections and the F1 of each image.
 
@@ -104,13 +170,16 @@ def evaluate_images(
         dataset_name: name of a registered dataset.
         max_images: evaluate the first images only; None for all.
         score_threshold: detections below it do not count for F1.
+        class_names: the model's classes, by index, by which those of the dataset are matched; None if they are not known.
 
     Raises:
-        UserError: the model detects nothing at all.
+        UserError: the dataset cannot be used, has other classes or no objects; or the model detects nothing at all.
     """
-    records = DatasetCatalog.get(dataset_name)[:max_images]
+    records = load_records(dataset_name, class_names)[:max_images]
     wanted, found = {record["image_id"] for record in records}, {}
     evaluator = build_evaluator(cfg, dataset_name, output_dir=None, tasks=("bbox",))
+    if class_names is not None:
+        evaluator.use_classes(class_names)
     evaluator.reset()
     progress = tqdm(total=len(records), unit="image")
     for batch in build_test_loader(cfg, dataset_name):
@@ -125,7 +194,9 @@ def evaluate_images(
     progress.close()
     if not any(len(instances) for instances in found.values()):
         raise UserError("The model detects nothing at all: name the weights of a trained model.")
-    results = evaluator.evaluate(img_ids=sorted(wanted))["bbox"]
+    results = evaluator.evaluate(img_ids=sorted(wanted)).get("bbox")
+    if results is None:
+        raise UserError(f"The dataset {dataset_name!r} has no annotated objects, so that there is nothing to report.")
     precision = evaluator.coco_eval.eval["precision"][..., 0, -1]  # (IoU, recall, K); -1: a class without boxes
     has_boxes = (precision >= 0).all((0, 1))
     by_recall = precision[..., has_boxes].mean(-1) if has_boxes.any() else np.zeros(precision.shape[:2])

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
 from ..solver import FullModelClippingAdamW, autocast
+from .stops import received_signal
 
 __all__ = ["TrainStep"]
 
@@ -31,6 +32,9 @@ class TrainStep(SimpleTrainer):
     """One step of training, in place of detectron2's SimpleTrainer and AMPTrainer.
 
     Each step is seeded by the run's seed, the iteration and the process, so that a resumed run draws the same numbers.
+
+    Attributes:
+        agreed_signal: number of the signal by which any of the processes was asked to stop in the last step; 0 if none was.
     """
 
     def __init__(self, cfg, model, data_loader, optimizer):
@@ -46,6 +50,7 @@ class TrainStep(SimpleTrainer):
         self.skip_unreadable = cfg.DATALOADER.UNREADABLE_IMAGES == "skip"
         self.max_unreadable = cfg.DATALOADER.MAX_UNREADABLE_IMAGES
         self.unreadable: set[str] = set()
+        self.agreed_signal = 0
 
     def run_step(self):
         start = time.perf_counter()
@@ -64,10 +69,8 @@ class TrainStep(SimpleTrainer):
         # the scale is this small, something else must be wrong.
         searching = self.scaler.is_enabled() and self.scaler.get_scale() >= _SMALLEST_LOSS_SCALE
         values = list(losses.values()) if searching else [norm, *losses.values()]
-        own = finite = torch.stack(values).isfinite().all().float()
-        if comm.get_world_size() > 1:  # so that all processes decide alike
-            finite = own.clone()
-            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        own = torch.stack(values).isfinite().all().float()
+        finite = self._agree(own)
         if finite:
             self._write_metrics(losses, data_time)
             self.skips_in_a_row = 0
@@ -78,6 +81,17 @@ class TrainStep(SimpleTrainer):
                 for buffer, value in zip(statistics, before):
                     buffer.copy_(value)
             self._handle_non_finite(losses, norm, data, bool(own))
+
+    def _agree(self, own_is_finite: torch.Tensor) -> torch.Tensor | float:
+        """Decide alike in all processes: return whether all are finite, and set :attr:`agreed_signal`."""
+        self.agreed_signal = received_signal() or 0
+        if comm.get_world_size() == 1:
+            return own_is_finite
+        decision = torch.stack([own_is_finite, own_is_finite.new_tensor(-self.agreed_signal)])
+        torch.distributed.all_reduce(decision, torch.distributed.ReduceOp.MIN)
+        finite, negative_signal = decision.tolist()
+        self.agreed_signal = -int(negative_signal)
+        return finite
 
     def _measure_gradients(self) -> torch.Tensor:
         """Return the joint norm of all gradients."""
@@ -126,7 +140,7 @@ class TrainStep(SimpleTrainer):
         message = f"Iteration {self.iter}: a loss or gradient is not finite {' '.join(bad)}"
         self.skips_in_a_row += 1
         if not self.skip_non_finite or self.skips_in_a_row > _MOST_SKIPS_IN_A_ROW:
-            raise FloatingPointError(
+            raise UserError(
                 f"{message} Lower SOLVER.BASE_LR, look at these images and their boxes, or skip such steps with "
                 'SOLVER.NON_FINITE "skip".'
             )
@@ -145,7 +159,7 @@ class TrainStep(SimpleTrainer):
         get_event_storage().put_scalar("unreadable_images", len(self.unreadable), smoothing_hint=False)
         logger.warning("Images that cannot be used: %d so far, new: %s.", len(self.unreadable), ", ".join(sorted(new)))
         if len(self.unreadable) > self.max_unreadable:
-            raise RuntimeError(
+            raise UserError(
                 f"{len(self.unreadable)} images cannot be used, more than DATALOADER.MAX_UNREADABLE_IMAGES "
                 f"({self.max_unreadable}): repair the dataset, or raise the limit."
             )

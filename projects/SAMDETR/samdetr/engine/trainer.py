@@ -3,21 +3,25 @@
 import logging
 import math
 import os
+import signal
 import weakref
 
 import torch
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import verify_results
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, JSONWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import CheckedCheckpointer, Checkpoint, describe_run
-from ..data import build_test_loader, build_train_loader
+from ..data import build_test_loader, build_train_loader, load_records, warn_about_capacity
 from ..errors import UserError
 from ..solver import autocast, build_optimizer
-from .evaluation import build_evaluator, write_results
+from .evaluation import CheckedEvaluator, build_evaluator, write_results
+from .output import keep_metrics_before, set_metrics_aside, write_metrics
+from .stops import StoppableLoader, StopRequested, catch_signals
 from .train_step import TrainStep
 
 __all__ = ["Trainer", "evaluate"]
@@ -46,6 +50,9 @@ class KeepBest(HookBase):
                 self.best = -math.inf if metric is None else metric
             except UserError as error:
                 logger.error("%s The next evaluation replaces it.", error)
+
+        if self.trainer.evaluation_missed:
+            self._keep()
 
     def after_step(self):
         next_iter = self.trainer.iter + 1
@@ -107,8 +114,61 @@ class UpdateAverage(HookBase):
         self.trainer.average.update_parameters(self.trainer.inner_model)
 
 
+class Evaluate(hooks.EvalHook):
+    """detectron2's hook, which also makes up for an evaluation that a stopped run has missed."""
+
+    def before_train(self):
+        if self.trainer.evaluation_missed:
+            self.trainer.storage.iter = self.trainer.iter
+            self._do_eval()
+
+
+class WriteMetrics(HookBase):
+    """Write the metrics every 20 steps and after each evaluation, which a stopped run must not lose."""
+
+    def __init__(self, build_writers, evaluation_period: int):
+        self.build_writers = build_writers
+        self.periods = [period for period in (20, evaluation_period) if period > 0]
+
+    def before_train(self):
+        # Not earlier: a resumed run has to go through the file first.
+        if self.trainer.evaluation_missed:
+            latest = self.trainer.storage.latest().items()
+            results = {name: value for name, (value, step) in latest if step == self.trainer.iter}
+            write_metrics(self.trainer.cfg.OUTPUT_DIR, {**self.trainer.metrics_of_last_step, **results})
+        self.writers = self.build_writers()
+        for writer in self.writers:
+            if isinstance(writer, JSONWriter):
+                writer._last_write = self.trainer.iter  # what is up to there is in the file
+        if self.trainer.evaluation_missed:
+            self._write()
+
+    def after_step(self):
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(done % period == 0 for period in self.periods):
+            self._write()
+
+    def after_train(self):
+        self._write()
+        for writer in self.writers:
+            writer.close()
+
+    def _write(self):
+        for writer in self.writers:
+            writer.write()
+
+
+class StopOnSignal(HookBase):
+    """End the run after a step in which any process has received SIGINT or SIGTERM."""
+
+    def after_step(self):
+        number = self.trainer._trainer.agreed_signal
+        if number:
+            self.trainer.save_and_stop(number)
+
+
 class Trainer(DefaultTrainer):
-    """Train a model as a config describes it.
+    """Train a model as a config describes it. SIGINT and SIGTERM end a run after the current step, which is saved.
 
     Attributes:
         average: the exponential moving average of the model, if ``SOLVER.EMA.ENABLED``, else None. It is what is evaluated
@@ -147,6 +207,10 @@ class Trainer(DefaultTrainer):
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
+        self.evaluation_missed = False
+        self.metrics_of_last_step: dict[str, float] = {}
+        for name in cfg.DATASETS.TEST:  # before training, so that no mistake in them comes to light hours later
+            check_test_dataset(cfg, name, self.description["class_names"])
         self.register_hooks(self.build_hooks())
 
     @property
@@ -163,7 +227,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        return build_test_loader(cfg, dataset_name)
+        return StoppableLoader(build_test_loader(cfg, dataset_name))
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
@@ -180,11 +244,12 @@ class Trainer(DefaultTrainer):
         result = [hooks.IterationTimer(), hooks.LRScheduler(), WriteEpoch()]
         if self.average is not None:
             result.append(UpdateAverage())
+        result.append(StopOnSignal())
         # The checkpoint comes before the evaluation, so that a failure there loses nothing.
         if comm.is_main_process():
             result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
         if cfg.DATASETS.TEST:
-            result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
+            result.append(Evaluate(cfg.TEST.EVAL_PERIOD, self._evaluate))
             if comm.is_main_process():
                 best = CheckedCheckpointer(
                     self.evaluated_model, cfg.OUTPUT_DIR, complete=False, description=self.description
@@ -193,7 +258,7 @@ class Trainer(DefaultTrainer):
                 metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
                 result.append(KeepBest(best, cfg.TEST.EVAL_PERIOD, metric))
         if comm.is_main_process():
-            result.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+            result.append(WriteMetrics(self.build_writers, cfg.TEST.EVAL_PERIOD if cfg.DATASETS.TEST else 0))
         return result
 
     def _evaluate(self) -> dict:
@@ -201,9 +266,69 @@ class Trainer(DefaultTrainer):
             # BatchNorm's statistics, if not frozen, differ between processes: use rank 0's, which the checkpoints hold.
             for buffer in self.evaluated_model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        self._last_eval_results = self.test(self.cfg, self.evaluated_model)
+        evaluators = build_evaluators(type(self), self.cfg, self.description["class_names"])
+        try:
+            self._last_eval_results = self.test(self.cfg, self.evaluated_model, evaluators)
+        except StopRequested as stop:
+            self.save_and_stop(stop.number)
         write_results(self.cfg, self._last_eval_results, "evaluation.json", f"iteration {self.iter}")
         return self._last_eval_results
+
+    def save_and_stop(self, number: int):
+        """Save a checkpoint to resume from, and end this process.
+
+        Args:
+            number: of the signal that has asked for it.
+
+        Raises:
+            StopRequested: always.
+        """
+        self.iter = finished = min(self.iter, self.max_iter - 1)  # the last step, also in the evaluation after it
+        if comm.is_main_process():
+            self.checkpointer.save(f"model_{finished:07d}", iteration=finished)
+        logger.warning(
+            "Stopped by %s after iteration %d of %d. Resume this run from OUTPUT_DIR %s.",
+            *(signal.Signals(number).name, finished, self.max_iter, self.cfg.OUTPUT_DIR),
+        )
+        raise StopRequested(number)
+
+    def train(self):
+        """Train from ``start_iter`` to ``max_iter``; return the results of the last evaluation, if there was one.
+
+        Raises:
+            StopRequested: a signal has asked for it; the run can be resumed.
+        """
+        # Replaces TrainerBase.train, which logs a traceback of every error, also of those that are explained in a line.
+        logger.info("Starting training from iteration %d", self.start_iter)
+        with EventStorage(self.start_iter) as self.storage, catch_signals():
+            self.iter = self.start_iter - 1  # the last finished step
+            try:
+                self.before_train()
+                for self.iter in range(self.start_iter, self.max_iter):  # noqa: B020 (the hooks read it)
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                if self.start_iter >= self.max_iter:
+                    self._complete_final_checkpoint()
+                self.iter = self.max_iter  # by which the hooks know that the run is complete
+            finally:
+                self.after_train()
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, self._last_eval_results)
+        return getattr(self, "_last_eval_results", None)
+
+    def _complete_final_checkpoint(self) -> None:
+        """Write ``model_final.pth`` for a run that was complete when it was resumed, if it has no good one."""
+        if not comm.is_main_process():
+            return
+        try:
+            final = Checkpoint.read(os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth"), name="The final checkpoint")
+            good = final.iteration is not None and final.iteration >= self.max_iter - 1
+        except UserError as error:
+            logger.warning("%s It is written again.", error)
+            good = False
+        if not good:
+            self.checkpointer.save("model_final", iteration=self.start_iter - 1)
 
     def after_train(self):
         super().after_train()
@@ -223,11 +348,39 @@ class Trainer(DefaultTrainer):
             )
         self.checkpointer.complete = checkpoint is not None
         if checkpoint is not None:
+            self._check_same_classes(checkpoint)
             self.checkpointer.load(checkpoint)
             self.start_iter = self.iter + 1  # the checkpoint holds the last finished iteration
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
         self.data_loader.start = self.start_iter
+        if comm.is_main_process():
+            if checkpoint is None:
+                set_metrics_aside(self.cfg.OUTPUT_DIR)
+            else:
+                self._go_on_with_metrics()
+        self.evaluation_missed = comm.all_gather(self.evaluation_missed)[0]
+
+    def _go_on_with_metrics(self) -> None:
+        """Remove the metrics that are computed again, and find out whether the last evaluation is among the others."""
+        step = self.start_iter - 1
+        kept = keep_metrics_before(self.cfg.OUTPUT_DIR, self.start_iter, complete=self.start_iter >= self.max_iter)
+        period = self.cfg.TEST.EVAL_PERIOD if self.cfg.DATASETS.TEST else 0
+        due = self.start_iter < self.max_iter and period > 0 and self.start_iter % period == 0
+        self.evaluation_missed = due and not any("/AP" in key for key in kept.get(step, {}))
+        if self.evaluation_missed:  # its results belong into the same line
+            self.metrics_of_last_step = {"iteration": step, **kept.get(step, {})}
+            keep_metrics_before(self.cfg.OUTPUT_DIR, step)
+
+    def _check_same_classes(self, checkpoint: Checkpoint) -> None:
+        earlier, now = checkpoint.class_names, self.description["class_names"]
+        if earlier is not None and now is not None and earlier != now:
+            index = next((i for i, (a, b) in enumerate(zip(earlier, now)) if a != b), min(len(earlier), len(now)))
+            raise UserError(
+                f"{checkpoint.path} was trained on other classes, or in another order, than DATASETS.TRAIN has now (class "
+                f"{index} differs): resume with the data that it was trained on, or name it in MODEL.WEIGHTS and another "
+                "OUTPUT_DIR."
+            )
 
     def state_dict(self):
         return {**super().state_dict(), "seed": self.data_loader.seed, "settings": self._settings()}
@@ -270,13 +423,43 @@ class Trainer(DefaultTrainer):
         self.data_loader.seed = state_dict["seed"]
 
 
+def check_test_dataset(cfg, name: str, class_names: list[str] | None) -> None:
+    """Read a dataset that a model is to be evaluated on, and warn of what it cannot find there.
+
+    Raises:
+        UserError: the dataset cannot be used, or has other classes.
+    """
+    warn_about_capacity(cfg, name, load_records(name, class_names), training=False)
+
+
+def build_evaluators(trainer_class: type[Trainer], cfg, class_names: list[str] | None) -> list[DatasetEvaluator]:
+    """Build an evaluator for each of ``DATASETS.TEST``, for a model with these classes (None: in the dataset's own order)."""
+    evaluators = [trainer_class.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
+    for evaluator in evaluators:
+        if class_names is not None and isinstance(evaluator, CheckedEvaluator):
+            evaluator.use_classes(class_names)
+    return evaluators
+
+
 def evaluate(cfg) -> dict:
-    """Evaluate ``MODEL.WEIGHTS`` on ``DATASETS.TEST``; with ``SOLVER.EMA.ENABLED``, the averaged weights in it."""
+    """Evaluate ``MODEL.WEIGHTS`` on ``DATASETS.TEST``; with ``SOLVER.EMA.ENABLED``, the averaged weights in it.
+
+    If the checkpoint knows its classes, those of the datasets are matched by name.
+
+    Raises:
+        UserError: the checkpoint or a dataset cannot be used, or they have different classes.
+    """
+    checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS)
+    class_names = checkpoint and checkpoint.class_names
+    for name in cfg.DATASETS.TEST:
+        check_test_dataset(cfg, name, class_names)
     model = Trainer.build_model(cfg)
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: evaluating RANDOM weights. Name a checkpoint: MODEL.WEIGHTS PATH.")
-    CheckedCheckpointer(model, complete=True, use_average=cfg.SOLVER.EMA.ENABLED).load(cfg.MODEL.WEIGHTS)
-    results = Trainer.test(cfg, model)
+    checkpointer = CheckedCheckpointer(model, complete=True, use_average=cfg.SOLVER.EMA.ENABLED)
+    checkpointer.load(checkpoint or cfg.MODEL.WEIGHTS)
+    with catch_signals():
+        results = Trainer.test(cfg, model, build_evaluators(Trainer, cfg, class_names))
     if comm.is_main_process():
         stem = os.path.splitext(os.path.basename(cfg.MODEL.WEIGHTS))[0] or "random_weights"
         write_results(cfg, results, f"evaluation_{stem}.json", cfg.MODEL.WEIGHTS)

@@ -128,9 +128,8 @@ class SAMDETR(nn.Module):
             and clipped.
 
         Raises:
-            FloatingPointError: a prediction is NaN or infinite in training (with ``SOLVER.NON_FINITE "stop"``); names the
-                image.
-            UserError: a ground-truth label or box is unusable; names the image.
+            UserError: in training, a ground-truth label or box is unusable, or a prediction is not finite (with
+                ``SOLVER.NON_FINITE "stop"``); names the image.
         """
         images = self.preprocess_images(batched_inputs)
         if not self.training:
@@ -146,7 +145,7 @@ class SAMDETR(nn.Module):
         try:
             return self.criterion(predictions, targets, queries.denoising, normalizers)
         except NonFinitePredictionError as error:
-            raise FloatingPointError(
+            raise UserError(
                 f"The model's predictions for {name_of(batched_inputs[error.image_index])} are not finite. A smaller "
                 "learning rate (SOLVER.BASE_LR), gradient clipping (SOLVER.CLIP_GRADIENTS) or a look at this image and "
                 "its boxes helps."

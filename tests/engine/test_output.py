@@ -1,0 +1,66 @@
+"""samdetr.engine.output: one run per folder, and every iteration once in its metrics."""
+
+import json
+import multiprocessing
+
+import pytest
+
+from samdetr.engine.output import keep_metrics_before, lock_folder, set_metrics_aside
+from samdetr.errors import UserError
+
+
+def hold(folder, ready, done):
+    with lock_folder(folder):
+        ready.set()
+        done.wait(60)
+
+
+def test_a_folder_belongs_to_one_run(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(str(tmp_path / "run"), ready, done))
+    process.start()
+    assert ready.wait(60)
+    message = rf"another run is training there \(process {process.pid} on .*name another"
+    with pytest.raises(UserError, match=message), lock_folder(str(tmp_path / "run")):
+        pass
+    done.set()
+    process.join()
+    with lock_folder(str(tmp_path / "run")):  # whatever ended it: the system has released the lock
+        pass
+
+
+def test_what_cannot_be_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        message = r"OUTPUT_DIR .*file.* cannot be written to \(.*: name another folder"
+        with pytest.raises(UserError, match=message), lock_folder(str(folder)):
+            pass
+
+
+def test_a_resumed_run_keeps_the_lines_before_it(tmp_path):
+    lines = [
+        '{"iteration": 1, "lr": 1}',
+        '{"iteration": 1, "bbox/AP": 2}',
+        "no json",
+        '{"iteration": 5, "total_loss": 1}',
+    ]
+    (tmp_path / "metrics.json").write_text("\n".join([*lines, '{"iteration": 2, "l']))
+    kept = keep_metrics_before(str(tmp_path), 5)
+    assert kept == {1: {"iteration": 1, "lr": 1, "bbox/AP": 2}}
+    assert [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()] == list(kept.values())
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_the_final_evaluation_of_a_shorter_run_stays(tmp_path, complete):
+    (tmp_path / "metrics.json").write_text('{"iteration": 4, "lr": 1}\n{"iteration": 5, "bbox/AP": 3}\n')
+    kept = keep_metrics_before(str(tmp_path), 5, complete)
+    assert kept == {4: {"iteration": 4, "lr": 1, **({} if complete else {"bbox/AP": 3})}}
+
+
+def test_a_new_run_leaves_an_earlier_ones_metrics_under_another_name(tmp_path):
+    for number in (1, 2):
+        (tmp_path / "metrics.json").write_text(f"run {number}")
+        set_metrics_aside(str(tmp_path))
+    assert not (tmp_path / "metrics.json").exists()
+    assert [(tmp_path / f"metrics_earlier_{number}.json").read_text() for number in (1, 2)] == ["run 1", "run 2"]
