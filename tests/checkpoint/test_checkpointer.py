@@ -1,5 +1,8 @@
 """samdetr.checkpoint.checkpointer: saving and loading in a run."""
 
+import os
+import resource
+import signal
 import weakref
 
 import pytest
@@ -8,6 +11,7 @@ from detectron2.modeling import build_model
 
 from helpers import tiny_config, tiny_model
 from samdetr.checkpoint import CheckedCheckpointer, Checkpoint
+from samdetr.errors import UserError
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -62,3 +66,46 @@ def test_only_the_best_weights_are_the_average_without_an_average(tmp_path, capl
     CheckedCheckpointer(tiny_model(), str(tmp_path), complete=True).save("model", **entries)
     CheckedCheckpointer(tiny_model(), complete=True, use_average=True).load(str(tmp_path / "model.pth"))
     assert ("holds no moving average" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("last", [None, b"", b"\xff\xfe\x00", b"model_0000077.pth", b"../../etc/passwd", "folder"])
+def test_the_newest_checkpoint_is_found_by_its_iteration(tmp_path, last):
+    """Whatever copying has done to the times of the files, and damage to last_checkpoint."""
+    checkpointer = CheckedCheckpointer(tiny_model(), str(tmp_path), complete=True)
+    for number in (9, 3, 12):
+        checkpointer.save(f"model_{number:07d}", iteration=number)
+    checkpointer.save("model_final", iteration=10)  # of a run that was made longer afterwards
+    for number in (12, 9, 3):
+        os.utime(tmp_path / f"model_{number:07d}.pth", (1000 - number, 1000 - number))
+    (tmp_path / "last_checkpoint").unlink()
+    if last == "folder":
+        (tmp_path / "last_checkpoint").mkdir()
+    elif last is not None:
+        (tmp_path / "last_checkpoint").write_bytes(last)
+    assert checkpointer.read_last().iteration == 12
+    (tmp_path / "model_0000012.pth").write_bytes(b"half")
+    assert checkpointer.read_last().iteration == 10
+
+
+def test_the_marked_checkpoint_comes_first(tmp_path):
+    checkpointer = CheckedCheckpointer(tiny_model(), str(tmp_path), complete=True)
+    for number in (3, 9):
+        checkpointer.save(f"model_{number:07d}", iteration=number)
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    assert checkpointer.read_last().iteration == 3
+
+
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    checkpointer = CheckedCheckpointer(tiny_model(), str(tmp_path), complete=True)
+    checkpointer.save("model_0000001")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"model_0000002\.pth cannot be written \(.*resume from it"):
+            checkpointer.save("model_0000002")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_0000001.pth"]
+    assert checkpointer.read_last().path.endswith("model_0000001.pth")

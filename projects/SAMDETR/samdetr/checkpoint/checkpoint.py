@@ -27,9 +27,21 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from ..config import number_of_classes, parse_config
-from ..errors import UserError
+from ..errors import UserError, one_line
+from .pickles import read_model_zoo_pickle
 
 __all__ = ["Checkpoint", "describe_run", "write_atomically"]
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "average": dict,
+    "config": str,
+    "class_names": (list, tuple),
+    "category_ids": (list, tuple),
+    "trainer": dict,
+    "iteration": int,
+    "metric": (int, float),
+}
 
 
 class Checkpoint:
@@ -59,6 +71,8 @@ class Checkpoint:
         path = os.fspath(path)
         if not PathManager.isfile(path):
             raise UserError(f"{name} {path}: there is no such file (looked in {os.getcwd()}).")
+        if path.endswith(".pkl"):
+            return cls(read_model_zoo_pickle(path, name), path)
         with PathManager.open(path, "rb") as file:
             try:
                 if zipfile.is_zipfile(file):
@@ -83,26 +97,48 @@ class Checkpoint:
                 ) from error
         if not isinstance(entries, dict):
             raise UserError(f"{name} {path} holds a {type(entries).__name__}, not a checkpoint's dict.")
-        return cls(entries if "model" in entries else {"model": entries}, path)
+        checkpoint = cls(entries if "model" in entries else {"model": entries}, path)
+        checkpoint._check_entries(name)
+        return checkpoint
 
     @classmethod
-    def read_local(cls, path: str, *, name: str = "MODEL.WEIGHTS") -> "Checkpoint | None":
-        """Read a file as :meth:`read` does; return None for what is left to detectron2: no path, an address, ``.pkl``.
+    def read_local(cls, path: str | None, *, name: str = "MODEL.WEIGHTS") -> "Checkpoint | None":
+        """Read a file as :meth:`read` does; return None for what is left to detectron2: no path, or an address."""
+        path = (path or "").split("?")[0]
+        return cls.read(path, name=name) if path and "://" not in path else None
 
-        Raises:
-            UserError: as of :meth:`read`; a ``.pkl`` file must exist as well.
-        """
-        path = path.split("?")[0]
-        if not path or "://" in path:
-            return None
-        if path.endswith(".pkl") and PathManager.isfile(path):
-            return None
-        return cls.read(path, name=name)
+    def _check_entries(self, name: str) -> None:
+        """Refuse a file whose entries are not of the types above."""
+        for key, kind in _TYPES.items():
+            value = self.entries.get(key)
+            if value is not None and not isinstance(value, kind):
+                raise UserError(
+                    f"{name} {self.path} is damaged or not a checkpoint of this project: its entry {key!r} is a "
+                    f"{type(value).__name__}. Name another file."
+                )
+        for key, kind in (("class_names", str), ("category_ids", int)):
+            values = self.entries.get(key)
+            if values is not None and not all(isinstance(value, kind) for value in values):
+                raise UserError(
+                    f"{name} {self.path} is damaged or not a checkpoint of this project: its entry {key!r} has others than "
+                    f"{kind.__name__} in it. Name another file."
+                )
 
     def write(self, path: str | os.PathLike) -> None:
-        """Write the file, whole or not at all."""
-        with write_atomically(path) as file:
-            torch.save(self.entries, file)
+        """Write the file, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written, for example because the disk is full.
+        """
+        try:
+            with write_atomically(path) as file:
+                torch.save(self.entries, file)
+        except (OSError, RuntimeError) as error:  # torch's own is a RuntimeError
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            raise UserError(
+                f"{path} cannot be written ({type(cause).__name__}: {cause}). What was saved before is whole: make room, and "
+                "resume from it."
+            ) from error
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -120,12 +156,18 @@ class Checkpoint:
     @property
     def class_names(self) -> list[str] | None:
         """The classes' names, by index; None if the file does not know them."""
-        return self.entries.get("class_names")
+        names = self.entries.get("class_names")
+        return None if names is None else [one_line(name) for name in names]
 
     @property
     def category_ids(self) -> list[int] | None:
         """The training dataset's own ids of the classes, by index; None if the file does not know them."""
         return self.entries.get("category_ids")
+
+    @property
+    def iteration(self) -> int | None:
+        """The iteration after which it was saved; None if the file does not know it."""
+        return self.entries.get("iteration")
 
     @property
     def metric(self) -> float | None:
@@ -178,11 +220,16 @@ def write_atomically(path: str | os.PathLike):
     """Open a file for writing that appears under its name only when all of it is on the disk."""
     path = os.fspath(path)
     temporary = f"{path}.part"
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def _foreign_objects(file) -> list[str]:

@@ -1,8 +1,11 @@
 """Save and load a model during a run, with detectron2's checkpointer."""
 
+import contextlib
 import logging
+import math
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,17 +92,18 @@ class CheckedCheckpointer(DetectionCheckpointer):
         return None
 
     def _resumable_files(self) -> list[str]:
-        """Return the checkpoints of a run: the one marked as last first, then from the newest to the oldest."""
+        """Return the checkpoints of a run: the one marked as last first, then from the latest iteration to the earliest."""
         if not os.path.isdir(self.save_dir):
             return []
-        files = [
-            os.path.join(self.save_dir, name)
-            for name in os.listdir(self.save_dir)
-            if re.fullmatch(r"model_(\d+|final)\.pth", name)
-        ]
-        files.sort(key=os.path.getmtime, reverse=True)
-        marked = super().get_checkpoint_file()
-        return sorted(files, key=lambda path: path != marked)
+        iterations: dict[str, float] = {}
+        for name in os.listdir(self.save_dir):
+            if match := re.fullmatch(r"model_(\d+|final)\.pth", name):
+                path = os.path.join(self.save_dir, name)
+                iterations[path] = _iteration_of(path) if match[1] == "final" else int(match[1])
+        marked = None
+        with contextlib.suppress(OSError, ValueError):  # it may be missing or damaged
+            marked = os.path.join(self.save_dir, Path(self.save_dir, "last_checkpoint").read_text("utf-8").strip())
+        return sorted(iterations, key=lambda path: (path != marked, -iterations[path]))
 
     def load(self, source: str | Checkpoint, *args, **kwargs) -> dict:
         """Load a checkpoint that has been read already, or a file or address that detectron2 knows.
@@ -127,6 +131,10 @@ class CheckedCheckpointer(DetectionCheckpointer):
     def _path(self) -> str:
         return self._source.path if isinstance(self._source, Checkpoint) else self._source
 
+    def _load_file(self, f: str) -> dict:
+        # detectron2 would unpickle whatever a .pkl file holds; its other formats are those of torch.
+        return self._torch_load(f) if f.endswith(".pkl") else super()._load_file(f)
+
     def _torch_load(self, f: str) -> dict:
         checkpoint = self._source if isinstance(self._source, Checkpoint) else Checkpoint.read(f)
         weights = checkpoint.weights
@@ -152,3 +160,12 @@ class CheckedCheckpointer(DetectionCheckpointer):
                 "%s was trained with another number of classes: %s start from scratch.", self._path, ", ".join(reset)
             )
         return incompatible
+
+
+def _iteration_of(path: str) -> float:
+    """Return the iteration of a checkpoint, without reading its weights; -infinity if it is damaged."""
+    try:
+        iteration = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["iteration"]
+        return iteration if isinstance(iteration, int) else -math.inf
+    except Exception:  # torch raises many types for damaged files
+        return -math.inf
