@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from helpers import load_experiment, tiny_config
-from samdetr.checks import _check_same_classes, check_config
+from samdetr.checks import check_config
 from samdetr.data import register_coco_format
 from samdetr.errors import UserError
 
@@ -55,7 +56,7 @@ ODD_WIDTH = [
         (["SOLVER.NON_FINITE", "ignore"], r"NON_FINITE is 'ignore': choose from 'stop', 'skip'"),
         (["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "float16"], r"'float16' needs CUDA: use 'bfloat16'"),
         (["SOLVER.ACCUMULATION_STEPS", 17], r"ACCUMULATION_STEPS is 17: it must be between 1 and .*\(16\)"),
-        (["SOLVER.EMA.DECAY", 1.0], r"EMA\.DECAY is 1\.0: it must be in \[0, 1\)"),
+        (["SOLVER.EMA.DECAY", 1.0], r"EMA\.DECAY is 1\.0: it must be at least 0 and at most 0\.999"),
         (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], r"SAMPLER_TRAIN is 'RepeatFactor"),
         (["MODEL.WEIGHTS", "missing.pth"], r"MODEL\.WEIGHTS missing\.pth: there is no such file"),
     ],
@@ -65,23 +66,41 @@ def test_configs(options, message):
         check_config(tiny_config(*options), training=True)
 
 
-def test_datasets_must_agree_on_their_classes(shapes_root, tmp_path):
+def classes_config(shapes_root, tmp_path, **names):
+    """A config of two datasets, the second with other class names by their ids."""
     data = json.loads((shapes_root / "annotations.json").read_text())
-    data["categories"] = [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}]
-    (tmp_path / "swapped.json").write_text(json.dumps(data))
-    entries = [["in_order", str(shapes_root / "annotations.json"), str(shapes_root)]]
-    entries += [["swapped", str(tmp_path / "swapped.json"), str(shapes_root)]]
-    options = ["DATASETS.COCO_FORMAT", entries, "DATASETS.TRAIN", ("in_order",), "DATASETS.TEST", ("swapped",)]
+    data["categories"] = [{"id": int(key[-1]), "name": name} for key, name in names.items()]
+    (tmp_path / "other.json").write_text(json.dumps(data))
+    first, second = f"first_{tmp_path.name}", f"second_{tmp_path.name}"
+    entries = [[first, str(shapes_root / "annotations.json"), str(shapes_root)]]
+    entries += [[second, str(tmp_path / "other.json"), str(shapes_root)]]
+    options = ["DATASETS.COCO_FORMAT", entries, "DATASETS.TRAIN", (first,), "DATASETS.TEST", (second,)]
     cfg = tiny_config(*options, "MODEL.SAMDETR.NUM_CLASSES", 2)
     register_coco_format(cfg)
-    with pytest.raises(UserError, match=r"'in_order' and 'swapped' have different classes.*number 0 is 'green'.*'red'"):
+    return cfg
+
+
+def test_datasets_have_the_same_classes_in_any_order(shapes_root, tmp_path):
+    check_config(classes_config(shapes_root, tmp_path, class1="red", class2="green"), training=True)
+
+
+def test_datasets_of_other_classes_are_refused(shapes_root, tmp_path):
+    cfg = classes_config(shapes_root, tmp_path, class1="green", class2="blue")
+    message = r"'second_.*' does not fit 'first_.*': of its 2 classes, it alone has 'blue', and lacks 'red'.*same names"
+    with pytest.raises(UserError, match=message):
         check_config(cfg, training=True)
 
 
-def test_datasets_with_other_numbers_of_classes_are_named():
-    """Also for meta-architectures of which this project does not know where their number of classes stands."""
-    with pytest.raises(UserError, match=r"number 2 is None in the first and 'c' in the second"):
-        _check_same_classes({"two": ["a", "b"], "three": ["a", "b", "c"]})
+def test_a_checkpoint_of_other_classes_is_not_evaluated(shapes_root, tmp_path):
+    cfg = classes_config(shapes_root, tmp_path, class1="red", class2="green")
+    for names, fits in ((["green", "red"], True), (["green", "blue"], False)):
+        torch.save({"model": {}, "class_names": names}, tmp_path / "model.pth")
+        cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+        if fits:
+            check_config(cfg, training=False)
+        else:
+            with pytest.raises(UserError, match=r"does not fit the model: .* it alone has 'red', and lacks 'blue'"):
+                check_config(cfg, training=False)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ The checks change and register nothing. Their messages name the key and the reme
 """
 
 import os
-from itertools import zip_longest
+from collections.abc import Sequence
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
@@ -13,44 +14,67 @@ from detectron2.utils.file_io import PathManager
 
 from .checkpoint import Checkpoint
 from .config import number_of_classes
-from .data.coco_format import read_class_names
+from .data import class_names_of, match_classes, read_dataset
 from .data.digits import DIGITS_DATASETS
 from .errors import UserError, did_you_mean
+from .limits import (
+    INFERENCE_RANGES,
+    MODEL_CHOICES,
+    MODEL_RANGES,
+    RUN_CHOICES,
+    TRAINING_RANGES,
+    UNSUPPORTED,
+    UNSUPPORTED_BY_SAMDETR,
+    Range,
+    value_of,
+)
 from .modeling import CROSS_ATTENTION_REGISTRY, ENCODER_REGISTRY, QUERY_GENERATOR_REGISTRY, SEMANTICS_ALIGNER_REGISTRY
 
 __all__ = ["check_config", "check_model"]
 
 
-def check_config(cfg: CfgNode, *, training: bool, weights: bool = True) -> None:
-    """Check what a run needs: registered names, divisibility, datasets and their classes, the weights file.
+def check_config(
+    cfg: CfgNode, *, training: bool, weights: bool = True, class_names: Sequence[str] | None = None
+) -> None:
+    """Check what a run needs: registered names, ranges, divisibility, datasets and their classes, the weights file.
 
     Args:
         cfg: the full config. Its datasets must be registered (``samdetr.data.register_coco_format``).
         training: whether the run trains; otherwise it only evaluates.
         weights: whether to check ``MODEL.WEIGHTS`` as well, which a run that is resumed, or a loaded model, does not need.
+        class_names: of the model that is evaluated, by index, if it is not read from ``MODEL.WEIGHTS``.
 
     Raises:
         UserError: something is wrong; the message names the key, what was found, and what to do.
     """
     check_model(cfg)
+    _check_unsupported(cfg)
+    _check_choices(cfg, RUN_CHOICES)
+    _check_device(cfg)
     _check_precision(cfg)
+    _check_input(cfg)
     if training:
+        _check_ranges(cfg, TRAINING_RANGES)
         _check_solver(cfg)
     if training and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on.")
     if not training and not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name a dataset to evaluate on.")
-    train_names = cfg.DATASETS.TRAIN if training else ()
-    classes: dict[str, list[str] | None] = {}
-    for key, names in (("DATASETS.TRAIN", train_names), ("DATASETS.TEST", cfg.DATASETS.TEST)):
-        for name in names:
+    checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS) if weights else None
+    if not training and checkpoint is not None and class_names is None:
+        class_names = checkpoint.class_names
+    classes = {"the model": list(class_names)} if class_names is not None else {}
+    skip_missing = cfg.DATALOADER.UNREADABLE_IMAGES == "skip"
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST") if training else ("DATASETS.TEST",):
+        learned = key == "DATASETS.TRAIN"
+        for name in cfg.DATASETS.TRAIN if learned else cfg.DATASETS.TEST:
             _check_dataset(key, name)
-            if name not in classes:
-                classes[name] = _classes_of(name)
-            _check_number_of_classes(key, name, classes[name], cfg)
-    _check_same_classes({name: found for name, found in classes.items() if found is not None})
-    if weights:
-        Checkpoint.read_local(cfg.MODEL.WEIGHTS)
+            read_dataset(name, training=learned, skip_missing=learned and skip_missing)
+            found = class_names_of(name)
+            _check_number_of_classes(key, name, found, cfg)
+            if found is not None:
+                _check_same_classes(name, found, classes)
+                classes[repr(name)] = found
 
 
 def check_model(cfg: CfgNode) -> None:
@@ -58,71 +82,114 @@ def check_model(cfg: CfgNode) -> None:
     _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
     if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
-        _check_model(cfg.MODEL.SAMDETR)
+        _check_model(cfg)
+    _check_choices(cfg, MODEL_CHOICES)
+    _check_ranges(cfg, INFERENCE_RANGES)
 
 
 def _check_name(key: str, name: str, registry) -> None:
     names = sorted(name for name, _ in registry)
     if name not in names:
+        near = did_you_mean(str(name), names)
+        raise UserError(f"{key} is {name!r}, which is not registered; there are: {', '.join(names)}.{near}")
+
+
+def _check_same_classes(name: str, found: list[str], others: dict[str, list[str]]) -> None:
+    """Check that a dataset has the classes of the model or of another dataset, in any order."""
+    for other, names in others.items():
+        try:
+            match_classes(found, names)
+        except UserError as error:
+            raise UserError(f"The dataset {name!r} does not fit {other}: {error}") from error
+
+
+def _check_device(cfg: CfgNode) -> None:
+    try:
+        device = torch.device(str(cfg.MODEL.DEVICE))
+    except RuntimeError as error:
+        raise UserError(f"There is no MODEL.DEVICE {cfg.MODEL.DEVICE!r}: use cpu or cuda.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: use cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"{key} is {name!r}, which is not registered; there are: {', '.join(names)}.{did_you_mean(name, names)}"
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but there are {torch.cuda.device_count()} CUDA devices here."
         )
 
 
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{key} is {value!r}: choose from {', '.join(map(repr, choices))}.")
-
-
-def _check_same_classes(classes: dict[str, list[str]]) -> None:
-    """Check that class i means the same in every dataset, from each dataset's classes."""
-    for name, found in classes.items():
-        first = next(iter(classes))
-        if list(found) != list(classes[first]):
-            pairs = list(zip_longest(classes[first], found))
-            different = next(i for i, (a, b) in enumerate(pairs) if a != b)
-            raise UserError(
-                f"{first!r} and {name!r} have different classes or orders of classes: number {different} is "
-                f"{pairs[different][0]!r} in the first and {pairs[different][1]!r} in the second. Classes are ordered by their "
-                "category ids: give them the same ids in both annotation files."
-            )
-
-
-def _classes_of(name: str) -> list[str] | None:
-    """Return the classes of a registered dataset, from its metadata or its annotation file; None if neither names them."""
-    metadata = MetadataCatalog.get(name)
-    classes, json_file = metadata.get("thing_classes"), metadata.get("json_file")
-    if classes is None and json_file and PathManager.isfile(json_file):
-        return read_class_names(json_file)
-    return classes
-
-
 def _check_precision(cfg: CfgNode) -> None:
-    _check_choice("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, ("bfloat16", "float16"))
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "float16" and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError("SOLVER.AMP.PRECISION 'float16' needs CUDA: use 'bfloat16' on the CPU.")
 
 
 def _check_solver(cfg: CfgNode) -> None:
-    _check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("AdamW", "SGD"))
-    _check_choice("SOLVER.NON_FINITE", cfg.SOLVER.NON_FINITE, ("stop", "skip"))
-    _check_choice("DATALOADER.UNREADABLE_IMAGES", cfg.DATALOADER.UNREADABLE_IMAGES, ("stop", "skip"))
     if not 1 <= cfg.SOLVER.ACCUMULATION_STEPS <= cfg.SOLVER.IMS_PER_BATCH:
         raise UserError(
             f"SOLVER.ACCUMULATION_STEPS is {cfg.SOLVER.ACCUMULATION_STEPS}: it must be between 1 and "
             f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH})."
         )
-    if not 0 <= cfg.SOLVER.EMA.DECAY < 1:
-        raise UserError(f"SOLVER.EMA.DECAY is {cfg.SOLVER.EMA.DECAY}: it must be in [0, 1), for example 0.9998.")
-    for key, value, supported in (
-        ("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, "TrainingSampler"),
-        ("TEST.PRECISE_BN.ENABLED", cfg.TEST.PRECISE_BN.ENABLED, False),
-    ):
-        if value != supported:
-            raise UserError(f"{key} is {value!r}, which this trainer does not support: set it to {supported!r}.")
+    decay = cfg.SOLVER.WEIGHT_DECAY_BIAS
+    if decay is not None and not (isinstance(decay, (int, float)) and 0 <= decay <= 1):
+        raise UserError(f"SOLVER.WEIGHT_DECAY_BIAS is {decay}: it must be None or between 0 and 1.")
+    if cfg.SOLVER.RESCALE_INTERVAL and cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
+        raise UserError(
+            f"SOLVER.WARMUP_ITERS ({cfg.SOLVER.WARMUP_ITERS}) leaves nothing of SOLVER.MAX_ITER ({cfg.SOLVER.MAX_ITER}) to "
+            "the schedule, which SOLVER.RESCALE_INTERVAL fits into the rest: lower it."
+        )
+    steps = list(cfg.SOLVER.STEPS)
+    if not all(isinstance(step, int) and step > 0 for step in steps) or steps != sorted(set(steps)):
+        raise UserError(f"SOLVER.STEPS is {tuple(steps)}: it must be iterations, 1 or more, in ascending order.")
 
 
-def _check_model(node: CfgNode) -> None:
+def _check_ranges(cfg: CfgNode, ranges: dict[str, Range]) -> None:
+    for key, limits in ranges.items():
+        value = value_of(cfg, key)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(number, (int, float)) or number not in limits:
+                raise UserError(f"{key} is {value}: it must be {limits}.")
+
+
+def _check_choices(cfg: CfgNode, choices: dict[str, tuple]) -> None:
+    for key, allowed in choices.items():
+        value = value_of(cfg, key)
+        if value not in allowed:
+            raise UserError(
+                f"{key} is {value!r}: choose from {', '.join(map(repr, allowed))}.{did_you_mean(str(value), map(str, allowed))}"
+            )
+
+
+def _check_unsupported(cfg: CfgNode) -> None:
+    """Refuse what would have no effect here, so that nobody relies on it."""
+    own = cfg.MODEL.META_ARCHITECTURE == "SAMDETR"
+    for key, supported in UNSUPPORTED.items() | (UNSUPPORTED_BY_SAMDETR.items() if own else set()):
+        value = value_of(cfg, key)
+        if (tuple(value) if isinstance(value, list) else value) != supported:
+            raise UserError(f"{key} is {value!r}, which has no effect here: set it to {supported!r}.")
+
+
+def _check_input(cfg: CfgNode) -> None:
+    for key in ("INPUT.MIN_SIZE_TRAIN", "INPUT.DETR_CROP.MIN_SIZE", "INPUT.DETR_CROP.SIZE", "MODEL.PIXEL_STD"):
+        if not len(value_of(cfg, key)):
+            raise UserError(f"{key} is empty: give it one value or more.")
+    smallest, *largest = cfg.INPUT.DETR_CROP.SIZE
+    if len(largest) != 1 or smallest > largest[0]:
+        raise UserError(
+            f"INPUT.DETR_CROP.SIZE is {cfg.INPUT.DETR_CROP.SIZE}: it must be the smallest and the largest side."
+        )
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(cfg.INPUT.MIN_SIZE_TRAIN) != 2:
+        raise UserError(
+            f"INPUT.MIN_SIZE_TRAIN is {cfg.INPUT.MIN_SIZE_TRAIN}: with INPUT.MIN_SIZE_TRAIN_SAMPLING 'range' it must be the "
+            "smallest and the largest size."
+        )
+    for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
+        if len(value_of(cfg, key)) != 3:
+            raise UserError(f"{key} is {value_of(cfg, key)}: it must be three values, one per colour.")
+    for entry in cfg.TEST.EXPECTED_RESULTS:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 4:
+            raise UserError(f"TEST.EXPECTED_RESULTS has the entry {entry!r}: each is [task, metric, value, tolerance].")
+
+
+def _check_model(cfg: CfgNode) -> None:
+    node = cfg.MODEL.SAMDETR
     for key, registry in (
         ("ENCODER", ENCODER_REGISTRY),
         ("QUERY_GENERATOR", QUERY_GENERATOR_REGISTRY),
@@ -130,29 +197,14 @@ def _check_model(node: CfgNode) -> None:
         ("CROSS_ATTENTION", CROSS_ATTENTION_REGISTRY),
     ):
         _check_name(f"MODEL.SAMDETR.{key}.NAME", node[key].NAME, registry)
-    for key, least in (
-        ("NUM_CLASSES", 1),
-        ("NUM_QUERIES", 1),
-        ("HIDDEN_DIM", 4),
-        ("NUM_HEADS", 1),
-        ("DECODER.NUM_LAYERS", 1),
-        ("ENCODER.NUM_LAYERS", 0),
-        ("ALIGNER.POOLED_SIZE", 1),
-        ("ALIGNER.REDUCTION", 1),
-        ("ALIGNER.NUM_KEYPOINTS", 0),
-        ("CROSS_ATTENTION.NUM_POINTS", 1),
-        ("ENCODER.NUM_POINTS", 1),
-        ("PROJECTION_NUM_GROUPS", 0),
-    ):
-        if _value(node, key) < least:
-            raise UserError(f"MODEL.SAMDETR.{key} is {_value(node, key)}: it must be at least {least}.")
+    _check_ranges(cfg, MODEL_RANGES)
     for key, divisor_key in (
         ("HIDDEN_DIM", "NUM_HEADS"),
         ("HIDDEN_DIM", "PROJECTION_NUM_GROUPS"),
         ("HIDDEN_DIM", "ALIGNER.REDUCTION"),
         ("NUM_HEADS", "ALIGNER.NUM_KEYPOINTS"),
     ):
-        value, divisor = (_value(node, name) for name in (key, divisor_key))
+        value, divisor = (value_of(node, name) for name in (key, divisor_key))
         if divisor and value % divisor:
             raise UserError(
                 f"MODEL.SAMDETR.{key} ({value}) is not divisible by MODEL.SAMDETR.{divisor_key} ({divisor}): change one of "
@@ -162,13 +214,15 @@ def _check_model(node: CfgNode) -> None:
         raise UserError(
             f"MODEL.SAMDETR.HIDDEN_DIM is {node.HIDDEN_DIM}: it must be a multiple of 4 (for sines and cosines of x and y)."
         )
-
-
-def _value(node: CfgNode, key: str):
-    """Return the value of a key such as "ALIGNER.REDUCTION"."""
-    for name in key.split("."):
-        node = node[name]
-    return node
+    if not any(node.MATCHER.values()):
+        raise UserError("All weights in MODEL.SAMDETR.MATCHER are 0, so that nothing is matched: raise one of them.")
+    for key in ("MODEL.SAMDETR.IN_FEATURES", "MODEL.RESNETS.OUT_FEATURES"):
+        if not value_of(cfg, key):
+            raise UserError(f"{key} is empty: name outputs of the backbone, such as 'res5'.")
+    outputs = ("stem", "res2", "res3", "res4", "res5")
+    for name in cfg.MODEL.RESNETS.OUT_FEATURES:
+        if name not in outputs:
+            raise UserError(f"MODEL.RESNETS.OUT_FEATURES names {name!r}: choose from {', '.join(map(repr, outputs))}.")
 
 
 def _check_dataset(key: str, name: str) -> None:
