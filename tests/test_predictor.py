@@ -215,7 +215,7 @@ def test_folders_and_missing_inputs(tmp_path):
         (tmp_path / name).write_text("")
     assert list_images([tmp_path], {".jpg", ".png"}) == [tmp_path / "b.JPG", tmp_path / "sub" / "a.png"]
     assert list_images([tmp_path / "notes.txt"], {".jpg"}) == [tmp_path / "notes.txt"]  # named, so meant
-    with pytest.raises(ValueError, match=r"nowhere: there is no such file or folder"):
+    with pytest.raises(ValueError, match=r"nowhere: there is no such file"):
         list_images([tmp_path / "nowhere"], {".jpg"})
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: the folder holds no file that ends in \.jpg"):

@@ -80,7 +80,8 @@ def test_resume_goes_on_where_training_stopped(tmp_path):
     assert second.returncode == 0, second.stderr[-3000:]
     assert "Starting training from iteration 3" in second.stdout + second.stderr
     metrics = metrics_of(tmp_path)
-    assert metrics[: len(before)] == before and metrics[-1]["iteration"] == 6
+    # The first run's final evaluation is that of its last step now.
+    assert metrics[0] == {**before[0], **before[1], "iteration": 2} and metrics[-1]["iteration"] == 6
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert state["iteration"] == 5
     optimizer = state["trainer"]["_trainer"]["optimizer"]
@@ -133,7 +134,7 @@ def test_what_this_package_says_is_in_the_log_file(shapes_root, tmp_path):
     result = train_net(*options, "OUTPUT_DIR", tmp_path / "run")
     assert result.returncode == 0, result.stderr[-3000:]
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "Boxes dropped: width or height not positive: 1, the first in" in log
+    assert "bad.json has boxes of width or height zero or less: 1 (" in log
     assert "was trained with another number of classes: decoder.class_heads.0.bias" in log
 
 

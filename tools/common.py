@@ -3,20 +3,29 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from PIL import Image
 
 import samdetr
 from samdetr.errors import UserError
 from samdetr.predictor import Predictor
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
+# Of these, the image formats that Pillow can read here.
+IMAGE_SUFFIXES = Image.registered_extensions().keys() & {
+    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+}
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 SCORE_THRESHOLD = 0.3  # low, because scores of focal loss are lower than a softmax's
 
 # Arguments of the package's functions, and the options that the tools offer for them.
 _OPTIONS = {
-    **{name: f"--{name.replace('_', '-')}" for name in ("class_names", "config_file", "device", "input", "output")},
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in ("class_names", "config_file", "device", "input", "max_pixels", "output")
+    },
     **{"published": "--published", "size": "--size", "source": "--weights"},
 }
 
@@ -34,7 +43,7 @@ def read_class_names(text: str | None) -> list[str] | None:
         return None
     if os.path.isfile(text):
         try:
-            return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
+            return [line.strip() for line in Path(text).read_text("utf-8-sig").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
             raise UserError(f"{text} is not a text file ({error}).", argument="class_names") from error
     if "," not in text and Path(text).suffix:
@@ -42,13 +51,14 @@ def read_class_names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")]
 
 
-def load_predictor(arguments: argparse.Namespace, weights: str | None = None) -> Predictor:
-    """Load the model that the common options name; ``weights`` replaces ``--weights``."""
+def load_predictor(arguments: argparse.Namespace, weights: str | None = None, options: Sequence = ()) -> Predictor:
+    """Load the model that the common options name; ``weights`` replaces ``--weights``, ``options`` keys of the config."""
     return samdetr.load(
         weights or arguments.weights,
         config_file=arguments.config_file,
         class_names=read_class_names(arguments.class_names),
         device=arguments.device,
+        options=options,
     )
 
 

@@ -99,8 +99,32 @@ def drawing_suffix(file: Path) -> str:
     return ".png" if file.suffix.lower() == ".png" else ".jpg"
 
 
+class ResultsFile:
+    """Write detections to a JSON list, entry by entry, so that any number of them needs no memory.
+
+    The file appears under its name when it is closed; what was found until then is whole, whatever ends the program.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.unfinished = path.with_name(f"{path.name}.part")
+        self.file = self.unfinished.open("w")
+        self.file.write("[")
+        self.count = 0
+
+    def write(self, entries: list[dict]) -> None:
+        for entry in entries:
+            self.file.write(("," if self.count else "") + "\n" + json.dumps(entry))
+            self.count += 1
+
+    def close(self) -> None:
+        self.file.write("\n]\n")
+        self.file.close()
+        self.unfinished.replace(self.path)
+
+
 class Prediction:
-    """Go through the inputs and keep what was found."""
+    """Go through the inputs, draw what was found, and write it down."""
 
     def __init__(self, predictor: Predictor, files: list[Path], names: dict[Path, Path], arguments: argparse.Namespace):
         self.predictor = predictor
@@ -112,7 +136,9 @@ class Prediction:
         self.ids = image_ids(files)
         self.images = [file for file in files if file.suffix.lower() not in VIDEO_SUFFIXES]
         self.videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
-        self.detections: list[dict] = []
+        self.max_pixels = predictor.cfg.INPUT.MAX_PIXELS
+        self.results = ResultsFile(self.folder / "predictions.json")
+        self.confident = 0
         self.failed: list[str] = []
 
     def run(self) -> None:
@@ -131,7 +157,7 @@ class Prediction:
     def run_images(self, files: list[Path]) -> None:
         """Detect in a batch; if that fails, in each image by itself, so that only the bad ones are left out."""
         try:
-            images = [read_image(file) for file in files]
+            images = [read_image(file, self.max_pixels) for file in files]
             found = self.predictor(images, self.batch_size)
         except Exception as error:
             if len(files) == 1:
@@ -141,7 +167,7 @@ class Prediction:
                 self.run_images([file])
             return
         for file, image, instances in zip(files, images, found):
-            self.detections += as_coco(instances, self.predictor, self.ids[file], file_name=str(file))
+            self.keep(instances, file)
             if self.draw:
                 path = self.folder / self.names[file]
                 try:
@@ -163,8 +189,7 @@ class Prediction:
             for frame in tqdm(read_frames(file), desc=file.name, total=max(0, int(expected)) or None, unit="frame"):
                 instances = self.predictor(frame)
                 confident = instances[instances.scores >= self.threshold]
-                extra = {"file_name": str(file), "frame": number}
-                self.detections += as_coco(confident, self.predictor, self.ids[file], **extra)
+                self.keep(confident, file, frame=number)
                 if self.draw:
                     writer.write(draw_detections(frame, confident, self.predictor.class_names))
                 number += 1
@@ -180,10 +205,10 @@ class Prediction:
         tqdm.write(f"error: {text}", file=sys.stderr)
         self.failed.append(str(file))
 
-    def save(self) -> Path:
-        path = self.folder / "predictions.json"
-        path.write_text(json.dumps(self.detections))
-        return path
+    def keep(self, instances: Instances, file: Path, **extra) -> None:
+        """Write detections down, and count those above the threshold."""
+        self.results.write(as_coco(instances, self.predictor, self.ids[file], file_name=str(file), **extra))
+        self.confident += int((instances.scores >= self.threshold).sum())
 
 
 def files_and_names(arguments: argparse.Namespace, folder: Path) -> tuple[list[Path], dict[Path, Path]]:
@@ -211,20 +236,24 @@ def main() -> int:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for drawings and predictions.json")
     parser.add_argument("--score-threshold", type=float, default=SCORE_THRESHOLD, help="of what is drawn, in [0, 1]")
     parser.add_argument("--batch-size", type=int, default=1, help="more is faster on a GPU, and pads smaller images")
+    parser.add_argument("--max-pixels", type=int, help="refuse larger images (default: INPUT.MAX_PIXELS of the config)")
     parser.add_argument("--no-drawings", action="store_true", help="write predictions.json only")
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}: it must be 1 or more.")
     folder = output_folder(arguments.output)
     files, names = files_and_names(arguments, folder)
-    prediction = Prediction(load_predictor(arguments), files, names, arguments)
+    options = ["INPUT.MAX_PIXELS", arguments.max_pixels] if arguments.max_pixels is not None else []
+    prediction = Prediction(load_predictor(arguments, options=options), files, names, arguments)
     try:
         prediction.run()
     finally:  # also when it is interrupted: what was found is written
-        path = prediction.save()
-    confident = sum(entry["score"] >= arguments.score_threshold for entry in prediction.detections)
+        prediction.results.close()
     done = len(prediction.images) + len(prediction.videos) - len(prediction.failed)
-    print(f"{done} files, {confident} detections with a score of {arguments.score_threshold} or more: {path}")
+    print(
+        f"{done} files, {prediction.confident} detections with a score of {arguments.score_threshold} or more: "
+        f"{prediction.results.path}"
+    )
     if prediction.failed:
         print(f"{len(prediction.failed)} files could not be done, see above.", file=sys.stderr)
     return 1 if prediction.failed else 0

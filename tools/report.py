@@ -103,7 +103,14 @@ def images(records: list[dict], found: dict[int, Instances], names: list[str], t
 def write_page(arguments: argparse.Namespace, predictor: Predictor, weights: Path) -> str:
     """Evaluate, and return the page's HTML."""
     name = predictor.cfg.DATASETS.TEST[0]
-    evaluation = evaluate_images(predictor.cfg, predictor.model, name, arguments.max_images, arguments.score_threshold)
+    evaluation = evaluate_images(
+        predictor.cfg,
+        predictor.model,
+        name,
+        arguments.max_images,
+        arguments.score_threshold,
+        predictor.class_names if predictor.knows_classes else None,
+    )
     records, found = evaluation.records, evaluation.detections
     stats = {key: evaluation.results[key] for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
     names = predictor.class_names
@@ -150,7 +157,8 @@ def main() -> None:
         raise UserError(f"{weights}: there is no such file; name a checkpoint with --weights.")
     predictor = load_predictor(arguments, str(weights))
     register_coco_format(predictor.cfg)
-    check_config(predictor.cfg, training=False, weights=False)
+    known = predictor.class_names if predictor.knows_classes else None
+    check_config(predictor.cfg, training=False, weights=False, class_names=known)
     page = write_page(arguments, predictor, weights)
     output.write_text(page)
     print(f"{output}: {len(page) / 2**20:.1f} MiB")

@@ -22,11 +22,11 @@ from samdetr.checkpoint import Checkpoint
 from samdetr.checks import check_config
 from samdetr.config import load_config, merge_options
 from samdetr.data import build_train_loader, register_coco_format
-from samdetr.data.sampling import UnreadableImageError
 from samdetr.errors import UserError
 from samdetr.modeling.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from samdetr.modeling.query_generator import DenoisingQueryGenerator, build_query_generator
 from samdetr.modeling.structures import ImageTarget
+from samdetr.visualization.text import as_drawn
 
 
 def read_config(arguments: argparse.Namespace):
@@ -56,7 +56,8 @@ def draw_boxes(axis, corners: torch.Tensor, labels: torch.Tensor | None, names, 
     for i, (x0, y0, x1, y1) in enumerate(corners.tolist()):
         axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
         if labels is not None:
-            axis.text(x0, y0, names[labels[i]], fontsize=7, color="white", backgroundcolor=style["color"], va="bottom")
+            name = as_drawn(names[labels[i]])
+            axis.text(x0, y0, name, fontsize=7, color="white", backgroundcolor=style["color"], va="bottom")
 
 
 def draw(batch: list[dict], cfg) -> Figure:
@@ -105,13 +106,10 @@ def main() -> None:
     cfg = read_config(arguments)
     torch.manual_seed(max(cfg.SEED, 0))
     batch: list[dict] = []
-    try:
-        for inputs in build_train_loader(cfg):
-            batch += inputs
-            if len(batch) >= arguments.num_images:
-                break
-    except UnreadableImageError as error:
-        raise UserError(f"{error} tools/check_dataset.py lists every such image.") from error
+    for inputs in build_train_loader(cfg):
+        batch += inputs
+        if len(batch) >= arguments.num_images:
+            break
     figure = draw(batch[: arguments.num_images], cfg)
     figure.savefig(output, dpi=90)
     print(f"{output}: {arguments.num_images} images of {', '.join(cfg.DATASETS.TRAIN)}")

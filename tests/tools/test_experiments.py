@@ -207,7 +207,7 @@ goals: []
 groups:
   - title: "One"
     runs:
-      - {{name: bad, config: {TINY_PATH}, seeds: [1], options: [SOLVER.BASE_LR, 1e38, SOLVER.CLIP_GRADIENTS.ENABLED, False]}}
+      - {{name: bad, config: {TINY_PATH}, seeds: [1], options: [SOLVER.BASE_LR, 1000.0, SOLVER.CLIP_GRADIENTS.ENABLED, False]}}
       - {{name: good, config: {TINY_PATH}, seeds: [1]}}
 """
     process = tool("--experiment", experiment_file(tmp_path, text), "--output", tmp_path / "out")

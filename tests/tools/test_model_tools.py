@@ -1,16 +1,22 @@
 """The tools that use a trained model, with the checkpoint of a short run."""
 
 import argparse
+import ast
 import json
+import os
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from helpers import ROOT
+from processes import train_net
 
 
 @pytest.mark.slow
@@ -27,6 +33,172 @@ def test_one_bad_file_does_not_stop_the_others(tool, run_folder, pictures, tmp_p
     assert {d["file_name"] for d in detections} == {str(pictures / name) for name in drawn}
     assert len({d["image_id"] for d in detections}) == 3
     assert all(len(d["bbox"]) == 4 and d["bbox"][2] > 0 and 0 < d["score"] < 1 for d in detections)
+
+
+@pytest.mark.slow
+def test_predictions_are_written_as_they_are_found(tool, run_folder, pictures, tmp_path, monkeypatch):
+    """So that any number of images needs no memory; what was found is a whole file, whatever ends the tool."""
+    import predict
+
+    written = []
+    run_images = predict.Prediction.run_images
+
+    def interrupted(self, files):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        run_images(self, files)
+        self.results.file.flush()
+        written.append((tmp_path / "out" / "predictions.json.part").stat().st_size)
+
+    monkeypatch.setattr(predict.Prediction, "run_images", interrupted)
+    arguments = ["--weights", run_folder / "model_final.pth", "--input", pictures, "--output", tmp_path / "out"]
+    with pytest.raises(KeyboardInterrupt):
+        tool("predict", *arguments, "--no-drawings")
+    assert 0 < written[0] < written[1]
+    detections = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {d["image_id"] for d in detections} == {1, 2}
+
+
+@pytest.mark.slow
+def test_files_that_are_left_out_are_named_and_large_ones_have_an_option(tool, run_folder, pictures, tmp_path, caplog):
+    (pictures / "notes.txt").write_text("")
+    (pictures / ".hidden").write_text("")
+    (pictures / "one.png").rename(pictures / "one.jfif")
+    arguments = ["--weights", run_folder / "model_final.pth", "--input", pictures, "--output", tmp_path / "out"]
+    status, printed = tool("predict", *arguments)
+    assert status == 0 and printed.startswith("3 files")
+    assert (
+        "1 files are left out, since their names do not end as those of images or videos do: notes.txt." in caplog.text
+    )
+    status, printed = tool("predict", *arguments, "--max-pixels", 100 * 120)
+    assert status == 1 and printed.count("more than INPUT.MAX_PIXELS (12000)") == 2
+
+
+@pytest.mark.slow
+def test_what_is_no_file_is_refused(tool, run_folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    for name, message in (("pipe.jpg", "is a pipe, not a file"), ("loop.jpg", "Too many levels of symbolic links")):
+        arguments = ["--input", tmp_path / name, "--output", tmp_path / "out"]
+        status, _ = tool("predict", "--weights", run_folder / "model_final.pth", *arguments)
+        assert status.startswith("error: --input: ") and message in status
+
+
+# TeX, HTML, control characters, and what matplotlib takes for half of a formula.
+ODD_NAMES = [
+    "$\\frac{1}{0}$",
+    "$a",
+    "<b>bold</b>",
+    "red\x1b[31m\n",
+    "a & b",
+    "\\alpha",
+    "$x$ and $y$",
+    "&lt;",
+    "%s {}",
+    "\ud800",
+]
+
+
+@pytest.mark.slow
+def test_names_are_drawn_and_written_as_text(tool, run_folder, pictures, tmp_path):
+    data = torch.load(run_folder / "model_final.pth", weights_only=True)
+    data["class_names"] = ODD_NAMES
+    torch.save(data, tmp_path / "odd.pth")
+    arguments = ["--weights", tmp_path / "odd.pth", "--input", pictures, "--output", tmp_path / "out"]
+    status, printed = tool("predict", *arguments, "--score-threshold", 0.0)
+    assert status == 0, printed
+    arguments = ["--weights", tmp_path / "odd.pth", "--input", pictures / "two.jpg", "--output", tmp_path / "attention"]
+    status, printed = tool("visualize_attention", *arguments, "--score-threshold", 0.0)
+    assert status == 0, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "message"), [(ODD_NAMES[:4], "There are 4 class names for a model of 10"), ([3] * 10, "")]
+)
+def test_class_lists_that_do_not_fit_are_refused(names, message, tool, run_folder, pictures, tmp_path):
+    data = torch.load(run_folder / "model_final.pth", weights_only=True)
+    data["class_names"] = names
+    torch.save(data, tmp_path / "odd.pth")
+    status, _ = tool("predict", "--weights", tmp_path / "odd.pth", "--input", pictures, "--output", tmp_path / "out")
+    assert status.startswith("error: ") and message in status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("NUM_QUERIES: 1000000000", "NUM_QUERIES: 90000", "HIDDEN_DIM: 8192", "NUM_CLASSES: -1", "NUM_HEADS: []"),
+        *("NUM_QUERIES: !!python/object/apply:os.system ['touch this_code_has_run']", "NUM_QUERIES: [", "FOO: 1"),
+    ],
+)
+def test_a_damaged_config_in_a_checkpoint_is_refused(line, tool, run_folder, pictures, tmp_path, monkeypatch):
+    """Before memory is taken for what it asks for, and before code in it runs."""
+    monkeypatch.chdir(tmp_path)
+    data = torch.load(run_folder / "model_final.pth", weights_only=True)
+    key = line.split(":")[0]
+    kept = [text for text in data["config"].splitlines() if not text.startswith(f"    {key}:")]
+    index = kept.index("  SAMDETR:")
+    data["config"] = "\n".join([*kept[: index + 1], f"    {line}", *kept[index + 1 :]])
+    torch.save(data, tmp_path / "odd.pth")
+    status, _ = tool("predict", "--weights", tmp_path / "odd.pth", "--input", pictures, "--output", tmp_path / "out")
+    assert status.startswith("error: ") and not (tmp_path / "this_code_has_run").exists()
+
+
+@pytest.fixture
+def renumbered(tmp_path):
+    """The embedded dataset's validation set with its classes in another order, under other ids; and with another name."""
+    from detectron2.data import MetadataCatalog
+
+    metadata = MetadataCatalog.get("digits_val")
+    data = json.loads(Path(metadata.json_file).read_text())
+    new_ids = {entry["id"]: (7 * entry["id"]) % 11 + 5 for entry in data["categories"]}
+    for entry in data["annotations"]:
+        entry["category_id"] = new_ids[entry["category_id"]]
+    for entry in data["categories"]:
+        entry["id"] = new_ids[entry["id"]]
+    (tmp_path / "renumbered.json").write_text(json.dumps(data))
+    data["categories"][0]["name"] = "nought"
+    (tmp_path / "renamed.json").write_text(json.dumps(data))
+    entries = [[name, str(tmp_path / f"{name}.json"), metadata.image_root] for name in ("renumbered", "renamed")]
+    return ["DATASETS.COCO_FORMAT", repr(entries)]
+
+
+@pytest.mark.slow
+def test_classes_of_the_test_set_are_matched_by_name(tool, run_folder, renumbered, tmp_path):
+    weights = [
+        "--eval-only",
+        "MODEL.WEIGHTS",
+        run_folder / "model_final.pth",
+        "OUTPUT_DIR",
+        tmp_path / "out",
+        *renumbered,
+    ]
+    result = train_net(*weights, "DATASETS.TEST", "('renumbered',)")
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads((tmp_path / "out" / "evaluation_model_final.json").read_text())["results"]["bbox"]
+    expected = json.loads((run_folder / "evaluation.json").read_text())["results"]["bbox"]
+    assert expected["AP"] > 0 and found == pytest.approx(expected)  # of each class as well
+    result = train_net(*weights, "DATASETS.TEST", "('renamed',)")
+    assert result.returncode == 1
+    assert "'renamed' does not fit the model: of its 10 classes, it alone has 'nought', and lacks '0'" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_report_matches_classes_by_name(tool, run_folder, renumbered, tmp_path):
+    data = torch.load(run_folder / "model_final.pth", weights_only=True)
+    pages = []
+    for name in ("digits_val", "renumbered"):
+        cfg = yaml.safe_load(data["config"])
+        cfg["DATASETS"].update(TEST=[name], COCO_FORMAT=ast.literal_eval(renumbered[1]))
+        torch.save({**data, "config": yaml.dump(cfg)}, tmp_path / f"{name}.pth")
+        arguments = ["--input", run_folder, "--weights", tmp_path / f"{name}.pth", "--max-images", 40]
+        status, printed = tool("report", *arguments, "--output", tmp_path / f"{name}.html")
+        assert not status, printed
+        pages.append((tmp_path / f"{name}.html").read_text())
+    tables = [re.search(r"<h2>By class</h2>(.*?)</section>", page)[1] for page in pages]
+    numbers = [re.search(r"<div class=numbers>(.*?)</section>", page)[1] for page in pages]
+    assert tables[0] == tables[1] and numbers[0] == numbers[1]
 
 
 @pytest.mark.slow
@@ -248,7 +420,7 @@ def test_wrong_weights_and_inputs_are_named(tool, run_folder, pictures, tmp_path
     status, _ = tool(name, "--weights", tmp_path / "no.pth", "--input", pictures, *options)
     assert "error: --weights: " in status and "no.pth: there is no such file" in status
     status, _ = tool(name, "--weights", weights, "--input", tmp_path / "nothing", *options)
-    assert "error: --input: " in status and "nothing: there is no such file or folder" in status
+    assert "error: --input: " in status and "nothing: there is no such file" in status
     (tmp_path / "empty").mkdir()
     status, _ = tool(name, "--weights", weights, "--input", tmp_path / "empty", *options)
     assert "empty: the folder holds no file" in status

@@ -14,52 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 
-from .checkpoint import CheckedCheckpointer, Checkpoint
+from .checkpoint import CheckedCheckpointer, Checkpoint, check_fit
 from .checks import check_model
 from .config import load_config, merge_options
 from .data import register_coco_format
-from .errors import UserError
+from .data.images import ImageSource, check_regular_file, read_image
+from .errors import UserError, one_line
 from .solver import autocast
 
 __all__ = ["ImageSource", "Predictor", "list_images", "load", "read_image"]
 
 logger = logging.getLogger(__name__)
-
-# A path, a PIL image, or an array (H, W, 3) uint8 in RGB, or (H, W) in grey.
-ImageSource = str | os.PathLike | Image.Image | np.ndarray
-
-
-def read_image(source: ImageSource) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8, RGB. Files are rotated upright by their EXIF data, as in training.
-
-    Raises:
-        UserError: the file is missing or not an image, or the array is not (H, W, 3) or (H, W) of uint8.
-    """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] != 3):
-            raise UserError(
-                f"An image given as an array is (H, W, 3) in RGB or (H, W), of uint8; this one is {source.shape} of "
-                f"{source.dtype}."
-            )
-        if not source.size:
-            raise UserError(f"An image needs at least one pixel, but this array is {source.shape}.")
-        return source if source.ndim == 3 else np.repeat(source[..., None], 3, axis=2)
-    if isinstance(source, Image.Image):
-        return convert_PIL_to_numpy(source, "RGB")
-    if not PathManager.isfile(os.fspath(source)):
-        raise UserError(f"{source}: there is no such file (looked in {os.getcwd()}).")
-    try:
-        return detection_utils.read_image(os.fspath(source), format="RGB")
-    except Exception as error:  # Pillow's errors for damaged files have no common base
-        raise UserError(f"{source} is not an image that can be read ({type(error).__name__}: {error}).") from error
 
 
 class Predictor:
@@ -68,7 +39,8 @@ class Predictor:
     Attributes:
         cfg: the model's config.
         model: the model.
-        class_names: the classes' names, by index.
+        class_names: the classes' names, by index; made up if they are not known.
+        knows_classes: whether they are known.
         category_ids: the ids of the classes in the training dataset, by index.
     """
 
@@ -87,14 +59,20 @@ class Predictor:
                 f"There are {len(class_names)} class names for a model of {number} classes: give one name per class.",
                 argument="class_names",
             )
-        self.class_names = list(class_names) if class_names else [f"class {i}" for i in range(number)]
-        self.category_ids = list(category_ids) if category_ids else list(range(number))
+        if category_ids is not None and len(category_ids) != number:
+            raise UserError(
+                f"There are {len(category_ids)} category ids for a model of {number} classes: it is damaged."
+            )
+        self.knows_classes = class_names is not None
+        self.class_names = [one_line(name) for name in class_names or [f"class {i}" for i in range(number)]]
+        self.category_ids = list(category_ids or range(number))
 
     def __call__(self, images: ImageSource | Iterable[ImageSource], batch_size: int = 1) -> Instances | list[Instances]:
         """Detect objects.
 
         Args:
-            images: one image or several, each a path, a PIL image, or an array (H, W, 3) uint8 in RGB.
+            images: one image or several, each a path, a PIL image, the bytes of a file, or an array (H, W, 3) in RGB; see
+                :func:`samdetr.data.images.open_picture`.
             batch_size: how many images go through the model at once. Images of different sizes are padded to the largest
                 of them, which changes results slightly; one at a time is exact.
 
@@ -107,12 +85,13 @@ class Predictor:
         Raises:
             UserError: an image cannot be read.
         """
-        if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
+        if isinstance(images, ImageSource):
             return self([images])[0]
         images = list(images)
         results = []
         for start in range(0, len(images), batch_size):
-            batch = [self.prepare(read_image(image)) for image in images[start : start + batch_size]]
+            pixels = [read_image(image, self.cfg.INPUT.MAX_PIXELS) for image in images[start : start + batch_size]]
+            batch = [self.prepare(image) for image in pixels]
             with torch.no_grad(), autocast(self.cfg, self.model.device):
                 results += [output["instances"].to("cpu") for output in self.model(batch)]
         return results
@@ -178,6 +157,8 @@ def load(
     if cfg.MODEL.META_ARCHITECTURE != "SAMDETR":
         raise UserError(f"{source} is a {cfg.MODEL.META_ARCHITECTURE}; only SAMDETR models can be loaded here.")
     check_model(cfg)
+    if checkpoint is not None:
+        _check_size(cfg, checkpoint)
     model = build_model(cfg)
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: this model has RANDOM weights. Load a checkpoint instead.")
@@ -188,6 +169,16 @@ def load(
     if checkpoint is not None:
         names, ids = checkpoint.class_names or names, checkpoint.category_ids or ids
     return Predictor(cfg, model, class_names or names, ids)
+
+
+def _check_size(cfg: CfgNode, checkpoint: Checkpoint) -> None:
+    """Check that weights fit the model before memory is taken for it, which a damaged config may ask for without bounds."""
+    described = cfg.clone()
+    described.defrost()
+    described.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        shapes = build_model(described)
+    check_fit(checkpoint.path, shapes, checkpoint.weights, complete=True)
 
 
 def _check_device(device: str) -> str:
@@ -231,16 +222,29 @@ def _classes_of_dataset(cfg: CfgNode) -> tuple[list[str] | None, list[int] | Non
 def list_images(paths: Iterable[str | os.PathLike], suffixes: Iterable[str]) -> list[Path]:
     """List files, and all files below folders that have one of the suffixes; sorted, each once.
 
+    A warning says which files of a folder are left out, but for hidden ones.
+
     Raises:
-        UserError: a path does not exist, or a folder holds no such file.
+        UserError: a path does not exist or cannot be read as a file, or a folder holds no such file.
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path}: there is no such file or folder (looked in {os.getcwd()}).", argument="input")
-        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+        if not path.is_dir():
+            with _mistakes_in("input"):
+                check_regular_file(path)
+            files.append(path)
+            continue
+        inside = [p for p in sorted(path.rglob("*")) if not p.is_dir() and not p.name.startswith(".")]
+        found = [p for p in inside if p.suffix.lower() in suffixes and p.is_file()]
         if not found:
             endings = ", ".join(sorted(suffixes))
             raise UserError(f"{path}: the folder holds no file that ends in {endings}.", argument="input")
+        if len(found) < len(inside):
+            left_out = sorted(set(inside) - set(found))
+            some = ", ".join(str(p.relative_to(path)) for p in left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+            logger.warning(
+                "%s: %d files are left out, since their names do not end as those of images or videos do: %s.",
+                *(path, len(left_out), one_line(some)),
+            )
         files += found
     return list({file.resolve(): file for file in reversed(files)}.values())[::-1]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..modeling.cross_attention import DotProductAttention
 from ..modeling.structures import AlignedQuery, FeatureLevel
+from .text import as_drawn
 
 __all__ = ["RecordedLayer", "draw_attention", "draw_head", "record_attention"]
 
@@ -182,7 +183,7 @@ def draw_attention(image: np.ndarray, layers: Sequence[RecordedLayer], query: in
     for head in range(heads):
         axes[0, head + 1].set_title(f"head {head + 1}", fontsize=9)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(as_drawn(title), fontsize=10)
     return _rendered(figure)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..errors import UserError
+from ..errors import UserError, one_line
+from .text import as_drawn
 
 __all__ = ["draw_curves", "published_curves", "published_names", "read_metrics"]
 
@@ -51,22 +52,31 @@ def read_metrics(run: str | Path) -> Metrics:
         raise UserError(f"{path}: there is no such file; name a run's OUTPUT_DIR, or its metrics.json.")
     found: dict[str, dict[int, tuple[float, float, float]]] = {}
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a run's metrics.json ({error}).") from error
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            iteration, epoch = entry["iteration"], entry.get("epoch", float("nan"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s, line %d is not a line of metrics and is skipped (%s).", path, number, error)
+            iteration, epoch = entry["iteration"], _as_float(entry.get("epoch"))
+            if type(iteration) is not int or not 0 <= iteration < 2**53:
+                raise ValueError(f"its iteration is {iteration!r}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            logger.warning(
+                "%s, line %d is not a line of metrics and is skipped (%s).", path, number, one_line(error)[:200]
+            )
             continue
         for name, value in entry.items():
-            if isinstance(value, (int, float)):
-                found.setdefault(name, {})[iteration] = (iteration, epoch, value)
+            if type(value) in (int, float):
+                found.setdefault(name, {})[iteration] = (iteration, epoch, _as_float(value))
     if not found:
         raise UserError(f"{path} holds no metrics: it is no run's metrics.json, or the run has not written any yet.")
     return {name: [by_iteration[i] for i in sorted(by_iteration)] for name, by_iteration in found.items()}
+
+
+def _as_float(value: object) -> float:
+    """Return a number that can be drawn; NaN for everything else."""
+    return float(value) if type(value) in (int, float) and abs(value) < 1e30 else float("nan")
 
 
 def _published_rows() -> list[dict]:
@@ -143,7 +153,8 @@ def draw_curves(runs: dict[str, Metrics], published: Sequence[str] = ()) -> Figu
             axis.set_yscale("log")
     for axis in axes:  # those that are left
         axis.axis("off")
-    figure.legend([line[0] for line in lines.values()], list(lines), loc="outside lower center", ncols=4, frameon=False)
+    names = [as_drawn(name) for name in lines]
+    figure.legend([line[0] for line in lines.values()], names, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
