@@ -9,10 +9,17 @@ from samdetr.engine.output import keep_metrics_before, lock_folder, set_metrics_
 from samdetr.errors import UserError
 
 
+def wait(done):
+    done.wait(60)
+
+
 def hold(folder, ready, done):
+    """Hold the lock, while a process like a data-loading worker runs, which lives a little longer."""
     with lock_folder(folder):
+        worker = multiprocessing.get_context("fork").Process(target=wait, args=(done,))
+        worker.start()
         ready.set()
-        done.wait(60)
+        worker.join()
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
@@ -24,10 +31,11 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     message = rf"another run is training there \(process {process.pid} on .*name another"
     with pytest.raises(UserError, match=message), lock_folder(str(tmp_path / "run")):
         pass
-    done.set()
+    process.kill()
     process.join()
-    with lock_folder(str(tmp_path / "run")):  # whatever ended it: the system has released the lock
+    with lock_folder(str(tmp_path / "run")):  # though the worker still lives
         pass
+    done.set()
 
 
 def test_what_cannot_be_a_folder_is_refused(tmp_path):

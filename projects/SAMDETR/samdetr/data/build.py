@@ -102,11 +102,12 @@ def build_train_loader(cfg) -> TrainLoader:
     for name, found in datasets.items():
         warn_about_capacity(cfg, name, found, training=True)
     records = list(chain.from_iterable(datasets.values()))
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+    annotated = all("annotations" in record for record in records)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and annotated:
         records = filter_images_with_only_crowd_annotations(records)
     if not records:
         raise UserError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image to train on.")
-    if class_names is not None and all("annotations" in record for record in records):
+    if class_names is not None and annotated:
         print_instances_class_histogram(records, class_names)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     wide = None

@@ -28,8 +28,9 @@ def lock_folder(folder: str) -> Iterator[None]:
         raise UserError(f"OUTPUT_DIR {folder} cannot be written to ({error.strerror}): name another folder.") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # Not flock, which data-loading workers would inherit, and hold for seconds after the run was killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             raise UserError(
                 f"OUTPUT_DIR {folder}: another run is training there ({file.read().strip() or 'unknown'}): wait for its end, "

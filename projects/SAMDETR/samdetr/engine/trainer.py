@@ -10,7 +10,7 @@ import torch
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, JSONWriter
+from detectron2.utils.events import EventStorage, EventWriter, JSONWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -129,6 +129,7 @@ class WriteMetrics(HookBase):
     def __init__(self, build_writers, evaluation_period: int):
         self.build_writers = build_writers
         self.periods = [period for period in (20, evaluation_period) if period > 0]
+        self.writers: list[EventWriter] = []
 
     def before_train(self):
         # Not earlier: a resumed run has to go through the file first.
