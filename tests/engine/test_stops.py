@@ -63,6 +63,19 @@ def test_a_stopped_run_says_where_to_go_on_and_ends_as_one_that_was_not(number, 
 
 
 @pytest.mark.slow
+def test_the_final_evaluation_can_be_interrupted_too(tmp_path):
+    """With workers, which leave the signal to the run, and must not keep it from ending."""
+    options = [*OPTIONS, "DATASETS.TEST", "('digits_val',)", "SOLVER.MAX_ITER", 2]
+    script = Script("train_net.py", *CONFIG, "OUTPUT_DIR", tmp_path, *options)
+    wait_for(tmp_path / "log.txt", "Start inference on", script)
+    os.kill(script.process.pid, signal.SIGTERM)
+    assert script.wait(timeout=60).returncode == 143
+    assert train_net("--resume", "OUTPUT_DIR", tmp_path, *options).returncode == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2] and "bbox/AP" in lines[1]
+
+
+@pytest.mark.slow
 def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path):
     options = [*OPTIONS, "DATASETS.TEST", "('digits_val',)", "TEST.EVAL_PERIOD", 2, "SOLVER.MAX_ITER", 4]
     script = Script("train_net.py", *CONFIG, "OUTPUT_DIR", tmp_path, *options)

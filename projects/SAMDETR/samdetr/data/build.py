@@ -1,6 +1,8 @@
 """Build data loaders over registered datasets, in an order that can be resumed; what they cannot read ends in a UserError."""
 
+import atexit
 import logging
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from itertools import chain
@@ -30,6 +32,14 @@ def _leave_signals_to_the_run(worker: int) -> None:
     """Let a worker go on when a signal asks all processes to stop: the run still needs it to finish the step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers that are left when the program ends; it would wait for ever for them to heed a SIGTERM."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class CheckedLoader(DataLoader):

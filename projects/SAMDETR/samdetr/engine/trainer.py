@@ -332,8 +332,8 @@ class Trainer(DefaultTrainer):
             self.checkpointer.save("model_final", iteration=self.start_iter - 1)
 
     def after_train(self):
-        super().after_train()
         self._trainer._data_loader_iter_obj = None  # ends the workers now, not at a later garbage collection
+        super().after_train()
 
     def resume_or_load(self, resume=True):
         """Resume from the last checkpoint in OUTPUT_DIR, if ``resume`` and there is one; else start from MODEL.WEIGHTS.
