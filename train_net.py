@@ -9,10 +9,14 @@ Examples:
     srun --ntasks-per-node 8 ./train_net.py --config-file CONFIG
 """
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # until a run has begun, Ctrl-C ends it at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -97,6 +101,8 @@ def run(args):
     """Check everything, take hold of OUTPUT_DIR, and run."""
     if "LOCAL_RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         join_slurm_job()
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError("With several machines, name the first one's address in --dist-url: tcp://HOST:PORT.")
     cfg = read_config(args)
     main_machine = args.machine_rank == 0 and int(os.environ.get("RANK", 0)) == 0
     with lock_folder(cfg.OUTPUT_DIR) if main_machine and not args.eval_only else contextlib.nullcontext():
@@ -138,14 +144,16 @@ def join_slurm_job():
 
 if __name__ == "__main__":
     try:
-        run(default_argument_parser().parse_args())
+        parser = default_argument_parser()
+        parser.set_defaults(dist_url="auto")  # a free port, so that two runs on one machine do not meet
+        run(parser.parse_args())
     except UserError as error:
         option = "--config-file: " if error.argument == "config_file" else ""
         sys.exit(f"error: {option}{error}")
     except torch.multiprocessing.ProcessExitedException as error:
         # A negative code is that of a signal; otherwise the process has said why.
+        if error.exit_code in (-signal.SIGINT, -signal.SIGTERM):
+            sys.exit(128 - error.exit_code)
         sys.exit(f"error: {error}" if error.exit_code < 0 else error.exit_code)
     except OSError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:  # before training has begun
-        sys.exit(128 + signal.SIGINT)

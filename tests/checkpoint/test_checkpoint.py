@@ -66,3 +66,27 @@ def test_files_of_torch_that_are_no_checkpoints(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"a\.pth holds a (list|Tensor), not a checkpoint's dict"):
         Checkpoint.read(tmp_path / "a.pth", name="checkpoint")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        *(
+            {"model": None},
+            {"model": {3: torch.ones(1)}},
+            {"model": {"a": torch.ones(2).to_sparse()}},
+            {"model": {"a": 1j * torch.ones(2)}},
+        ),
+        *({"model": {}, "average": [1]}, {"model": {}, "class_names": "abc"}, {"model": {}, "class_names": [1, 2]}),
+        *({"model": {}, "category_ids": ["1"]}, {"model": {}, "config": 3}, {"model": {}, "iteration": "3"}),
+        *(
+            {"model": {}, "metric": "high"},
+            {"model": {}, "trainer": []},
+            {"model": {"a": torch.ones(1, device="meta")}},
+        ),
+    ],
+)
+def test_entries_of_other_types_are_refused(entries, tmp_path):
+    torch.save(entries, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"odd\.pth is damaged or not a checkpoint of this project: "):
+        Checkpoint.read(tmp_path / "odd.pth")

@@ -232,3 +232,23 @@ def test_resuming_with_other_classes_is_refused(tmp_path):
     torch.save(data, tmp_path / "model_final.pth")
     with pytest.raises(UserError, match=r"trained on other classes, or in another order, .* \(class 0 differs\)"):
         train(trainer_config(tmp_path), resume=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda trainer: trainer.update(seed="3"),
+        lambda trainer: trainer.update(iteration=-1),
+        lambda trainer: trainer.pop("_trainer"),
+        lambda trainer: trainer["_trainer"].update(optimizer={}),
+        lambda trainer: trainer["_trainer"]["optimizer"]["state"][0].update(exp_avg=torch.ones(1, 2)),
+        lambda trainer: trainer["_trainer"].update(unreadable=3),
+    ],
+)
+def test_training_states_that_cannot_be_used_are_refused(damage, tmp_path):
+    train(trainer_config(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)))
+    data = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    damage(data["trainer"])
+    torch.save(data, tmp_path / "model_final.pth")
+    with pytest.raises(UserError, match=r"model_final\.pth cannot be loaded \(.*it is damaged, or of another program"):
+        train(trainer_config(tmp_path), resume=True)

@@ -311,3 +311,10 @@ def test_built_from_python_without_a_config():
     model.load_state_dict(reference.state_dict())
     inputs = [make_input(64, 64)]
     assert torch.equal(model.predict(inputs)["pred_logits"], reference.predict(inputs)["pred_logits"])
+
+
+def test_weights_that_are_not_finite_are_refused_in_evaluation():
+    model = tiny_model().eval()
+    torch.nn.init.constant_(model.decoder.box_heads[-1].layers[-1].bias, math.nan)
+    with pytest.raises(UserError, match=r"predictions for image a\.jpg are not finite: its weights are of no use"):
+        model([make_input(64, 64, file_name="a.jpg")])

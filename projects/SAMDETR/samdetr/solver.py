@@ -99,8 +99,16 @@ def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
 
 
 def _lay_moments_out(optimizer: torch.optim.Optimizer) -> None:
-    """Lay moments out in memory like their parameters, which the fused step assumes and a checkpoint may not have."""
+    """Lay moments out in memory like their parameters, which the fused step assumes and a checkpoint may not have.
+
+    Raises:
+        ValueError: a moment is of another shape than its parameter.
+    """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
+            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{name} has the shape {tuple(value.shape)}, and its parameter {tuple(parameter.shape)}"
+                )
             if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

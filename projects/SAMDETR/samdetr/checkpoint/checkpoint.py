@@ -111,11 +111,21 @@ class Checkpoint:
         """Refuse a file whose entries are not of the types above."""
         for key, kind in _TYPES.items():
             value = self.entries.get(key)
-            if value is not None and not isinstance(value, kind):
+            if not isinstance(value, kind) and (value is not None or key == "model"):
                 raise UserError(
                     f"{name} {self.path} is damaged or not a checkpoint of this project: its entry {key!r} is a "
                     f"{type(value).__name__}. Name another file."
                 )
+        for key in ("model", "average"):
+            for parameter, value in (self.entries.get(key) or {}).items():
+                usable = not isinstance(value, Tensor) or (
+                    value.layout == torch.strided and not value.is_meta and not value.is_complex()
+                )
+                if not isinstance(parameter, str) or not usable:
+                    raise UserError(
+                        f"{name} {self.path} is damaged or not a checkpoint of this project: in its entry {key!r}, "
+                        f"{parameter!r} is no dense array of real numbers by name. Name another file."
+                    )
         for key, kind in (("class_names", str), ("category_ids", int)):
             values = self.entries.get(key)
             if values is not None and not all(isinstance(value, kind) for value in values):
@@ -148,7 +158,7 @@ class Checkpoint:
     @property
     def average(self) -> dict[str, Tensor] | None:
         """The moving average of the weights, under the names of :attr:`weights`; None if there is none."""
-        if "average" not in self.entries:
+        if self.entries.get("average") is None:
             return None
         average = self.entries["average"].items()
         return {key.removeprefix("module."): value for key, value in average if key.startswith("module.")}

@@ -124,6 +124,14 @@ class CheckedCheckpointer(DetectionCheckpointer):
         self._source = source
         try:
             return super().load(self._path, *args, **kwargs)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # states of other programs, and damaged ones, fail wherever they are used
+            logger.debug("While %s was loaded:", self._path, exc_info=True)
+            raise UserError(
+                f"{self._path} cannot be loaded ({type(error).__name__}: {error}): it is damaged, or of another program or "
+                "version. Name another file, or start from its weights alone in a new OUTPUT_DIR."
+            ) from error
         finally:
             self._source = ""  # its weights need not stay in memory
 

@@ -59,6 +59,7 @@ def read_model_zoo_pickle(path: str, name: str = "MODEL.WEIGHTS") -> dict[str, A
         weights = {key: value for key, value in blobs.items() if not str(key).endswith("_momentum")}
         data = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
     for key, value in data["model"].items():
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iufb":
+        numbers = isinstance(value, np.ndarray) and value.dtype.kind in "iufb" and value.dtype.itemsize <= 8
+        if not isinstance(key, str) or not numbers:
             raise UserError(f"{name} {path} is not a file of weights: {key!r} is no array of numbers.")
     return data

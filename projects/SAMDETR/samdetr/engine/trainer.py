@@ -405,6 +405,9 @@ class Trainer(DefaultTrainer):
                 f"The checkpoint in OUTPUT_DIR {self.cfg.OUTPUT_DIR} was written by another trainer and cannot be "
                 "resumed here: name it in MODEL.WEIGHTS and another OUTPUT_DIR."
             )
+        for key in ("iteration", "seed"):
+            if type(state_dict.get(key)) is not int or state_dict[key] < 0:
+                raise ValueError(f"its {key} is {state_dict.get(key)!r}")
         optimizer = state_dict["settings"].get("SOLVER.OPTIMIZER", "AdamW")
         if optimizer != self.cfg.SOLVER.OPTIMIZER:
             raise UserError(

@@ -7,7 +7,7 @@ from detectron2.config import configurable
 from detectron2.layers import move_device_like
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, detector_postprocess
 from detectron2.modeling.backbone import Backbone
-from detectron2.structures import ImageList
+from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -136,10 +136,7 @@ class SAMDETR(nn.Module):
             predictions, _ = self.decode(images.tensor, images.image_sizes, targets=None)
             last = predictions.logits[-1], predictions.boxes[-1]
             detections = select_detections(*last, images.image_sizes, self.max_detections)
-            return [
-                {"instances": detector_postprocess(result, inputs.get("height", size[0]), inputs.get("width", size[1]))}
-                for result, inputs, size in zip(detections, batched_inputs, images.image_sizes)
-            ]
+            return [{"instances": _in_output_pixels(*pair)} for pair in zip(detections, batched_inputs)]
         targets = self.prepare_targets(batched_inputs)
         predictions, queries = self.decode(images.tensor, images.image_sizes, targets)
         try:
@@ -246,3 +243,18 @@ class SAMDETR(nn.Module):
 def name_of(inputs: dict) -> str:
     """Return the name of an image for error messages."""
     return f"image {inputs.get('file_name', inputs.get('image_id', '(without file_name)'))}"
+
+
+def _in_output_pixels(detections: Instances, inputs: dict) -> Instances:
+    """Scale detections to the image's own size, and clip them to it.
+
+    Raises:
+        UserError: a box is not finite.
+    """
+    height, width = detections.image_size
+    try:
+        return detector_postprocess(detections, inputs.get("height", height), inputs.get("width", width))
+    except AssertionError as error:  # detectron2's, which looks at every box in any case
+        raise UserError(
+            f"The model's predictions for {name_of(inputs)} are not finite: its weights are of no use. Name others."
+        ) from error
