@@ -66,18 +66,10 @@ def main(args, cfg):
     """Train or evaluate, in each process."""
     # Attention's smallest probabilities are denormal numbers, which CPUs multiply many times more slowly than zeros.
     torch.set_flush_denormal(True)
-    register_coco_format(cfg)
-    kept = Path(cfg.OUTPUT_DIR, "config.yaml")
-    earlier = kept.read_text() if kept.exists() and any(kept.parent.glob("model_*.pth")) else None
-    comm.synchronize()
-    default_setup(cfg, args)
-    if earlier is not None and comm.is_main_process():  # the config that a checkpoint was trained with stays beside it
-        kept.rename(kept.with_name("config_eval.yaml" if args.eval_only else "config_resumed.yaml"))
-        kept.write_text(earlier)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="samdetr")
     logging.raiseExceptions = False  # a full disk is said once, by what fails, and not by every line of the log
     name = f" (process {comm.get_rank()})" if comm.get_world_size() > 1 else ""
     try:
+        set_up(args, cfg)
         if args.eval_only:
             return evaluate(cfg)
         trainer = Trainer(cfg)
@@ -95,6 +87,19 @@ def main(args, cfg):
         sys.exit(
             f"error{name}: another process of this run has ended, see its own message. Start all of them again, with --resume."
         )
+
+
+def set_up(args, cfg):
+    """Register the config's datasets, and set up OUTPUT_DIR with the config and the logs."""
+    register_coco_format(cfg)
+    kept = Path(cfg.OUTPUT_DIR, "config.yaml")
+    earlier = kept.read_bytes() if kept.exists() and any(kept.parent.glob("model_*.pth")) else None
+    comm.synchronize()
+    default_setup(cfg, args)
+    if earlier is not None and comm.is_main_process():  # the config that a checkpoint was trained with stays beside it
+        kept.rename(kept.with_name("config_eval.yaml" if args.eval_only else "config_resumed.yaml"))
+        kept.write_bytes(earlier)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="samdetr")
 
 
 def run(args):

@@ -38,6 +38,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True, 
         parser.add_argument("--device", help="cpu or cuda; by default CUDA if there is any")
 
 
+def score(text: str) -> float:
+    """Read a score threshold, for argparse."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
 def read_class_names(text: str | None) -> list[str] | None:
     if text is None:
         return None

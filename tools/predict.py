@@ -30,6 +30,7 @@ from common import (
     load_predictor,
     output_folder,
     run,
+    score,
 )
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
@@ -234,7 +235,7 @@ def main() -> int:
     add_model_arguments(parser)
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="images, folders, videos")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for drawings and predictions.json")
-    parser.add_argument("--score-threshold", type=float, default=SCORE_THRESHOLD, help="of what is drawn, in [0, 1]")
+    parser.add_argument("--score-threshold", type=score, default=SCORE_THRESHOLD, help="of what is drawn, in [0, 1]")
     parser.add_argument("--batch-size", type=int, default=1, help="more is faster on a GPU, and pads smaller images")
     parser.add_argument("--max-pixels", type=int, help="refuse larger images (default: INPUT.MAX_PIXELS of the config)")
     parser.add_argument("--no-drawings", action="store_true", help="write predictions.json only")

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import SCORE_THRESHOLD, add_model_arguments, load_predictor, output_file, run
+from common import SCORE_THRESHOLD, add_model_arguments, load_predictor, output_file, run, score
 from detectron2.structures import Instances
 from detectron2.utils.collect_env import collect_env_info
 from matplotlib.figure import Figure
@@ -85,7 +85,10 @@ def class_table(names: list[str], evaluation: ImageEvaluation, records: list[dic
     for record in records:
         for annotation in record.get("annotations", []):
             counts[annotation["category_id"]] += 1
-    class_ap = [evaluation.results.get(f"AP-{name}", math.nan) for name in names]
+    class_ap = [
+        evaluation.results.get(f"AP-{name}", evaluation.results["AP"] if len(names) == 1 else math.nan)
+        for name in names
+    ]
     rows = sorted(zip(names, counts, class_ap), key=lambda row: -1 if math.isnan(row[2]) else -row[2])
     body = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{count}</td><td>{percent(ap)}</td>"
@@ -143,13 +146,13 @@ def main() -> None:
     parser.add_argument("--input", required=True, metavar="RUN", help="the run's OUTPUT_DIR")
     add_model_arguments(parser, required=False)
     parser.add_argument("--output", required=True, help="HTML file")
-    parser.add_argument("--score-threshold", type=float, default=SCORE_THRESHOLD)
+    parser.add_argument("--score-threshold", type=score, default=SCORE_THRESHOLD)
     parser.add_argument("--num-examples", type=int, default=8, help="best and worst images to show of each")
     parser.add_argument("--max-images", type=int, help="evaluate the first N images only")
     arguments = parser.parse_args()
     if not Path(arguments.input).is_dir():
         raise UserError(f"--input {arguments.input}: there is no such folder; name a run's OUTPUT_DIR.")
-    if arguments.num_examples < 1 or (arguments.max_images or 1) < 1:
+    if arguments.num_examples < 1 or (arguments.max_images is not None and arguments.max_images < 1):
         raise UserError("--num-examples and --max-images must be 1 or more.")
     output = output_file(arguments.output, (".html",))
     weights = Path(arguments.weights or Path(arguments.input) / "model_final.pth")
@@ -160,7 +163,7 @@ def main() -> None:
     known = predictor.class_names if predictor.knows_classes else None
     check_config(predictor.cfg, training=False, weights=False, class_names=known)
     page = write_page(arguments, predictor, weights)
-    output.write_text(page)
+    output.write_text(page, encoding="utf-8", errors="replace")
     print(f"{output}: {len(page) / 2**20:.1f} MiB")
 
 

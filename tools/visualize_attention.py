@@ -26,6 +26,7 @@ from common import (
     load_predictor,
     output_folder,
     run,
+    score,
 )
 from detectron2.structures import Instances, pairwise_iou
 from PIL import Image
@@ -126,7 +127,7 @@ def main() -> int:
     parser.add_argument(
         "--max-queries", type=int, default=4, help="maximum number of queries per image, without --queries"
     )
-    parser.add_argument("--score-threshold", type=float, default=SCORE_THRESHOLD, help="of the detections to draw")
+    parser.add_argument("--score-threshold", type=score, default=SCORE_THRESHOLD, help="of the detections to draw")
     parser.add_argument("--separate", action="store_true", help="also one file for each layer and head")
     arguments = parser.parse_args()
     folder = output_folder(arguments.output)

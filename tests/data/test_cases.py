@@ -81,6 +81,7 @@ ACCEPTED = {
     "sizes of words": (put("images", "height", "tall"), "read from the image files"),
     "names that are numbers": (put("categories", "name", lambda e: e["id"] * 7), "category names that are no text: 2"),
     "names that stand twice": (put("categories", "name", "same"), "completed by their ids"),
+    "areas larger than their boxes": (put("annotations", "area", 1e12), "larger area than their box: 8"),
     "no area": (drop("annotations", "area"), "width x height"),
     "no iscrowd": (drop("annotations", "iscrowd"), "taken as 0"),
     "iscrowd as text": (put("annotations", "iscrowd", "false"), ""),
@@ -112,6 +113,10 @@ REFUSED = {
     "addresses": (
         put("images", "file_name", lambda e: f"https://example.org/{e['file_name']}"),
         r"file_name is an address: 4 \(https://example\.org/1\.png",
+    ),
+    "a file listed twice in other words with other boxes": (
+        lambda data: data["images"].append({**data["images"][0], "id": 77, "file_name": "./1.png"}),
+        r"images listed twice with other boxes: 1",
     ),
     "missing images": (put("images", "file_name", lambda e: f"no{e['id']}.png"), r"images missing: 4 \(.*no1\.png"),
     "a file listed twice with other boxes": (
@@ -307,3 +312,36 @@ def test_boxes_of_whole_numbers_are_scaled_like_others(dataset, tmp_path):
     scaled = [x * width / 56, y * height / 40, (x + w) * width / 56, (y + h) * height / 40]
     assert inputs["instances"].gt_boxes.tensor[0].tolist() == pytest.approx(scaled, abs=1e-3)
     assert copy.deepcopy(record)["annotations"][0]["bbox"] == [float(v) for v in (x, y, w, h)]
+
+
+def test_completed_names_are_unique(dataset, tmp_path):
+    def rename(data):
+        data["categories"] = [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}, {"id": 3, "name": "a (1)"}]
+
+    dataset(rename)
+    names = read_coco(tmp_path / "data.json", tmp_path).class_names
+    assert len(set(names)) == 3 and names[2] == "a (1)"
+
+
+def test_names_keep_the_joiners_that_languages_write_with(dataset, tmp_path):
+    dataset(lambda data: data["categories"][0].update(name="\u0645\u06cc\u200c\u062e"))
+    assert read_coco(tmp_path / "data.json", tmp_path).class_names[0] == "\u0645\u06cc\u200c\u062e"
+
+
+def test_a_name_belongs_to_one_file_and_folder(dataset, tmp_path):
+    cfg = dataset(lambda data: None)
+    name, json_file, _ = cfg.DATASETS.COCO_FORMAT[0]
+    cfg.DATASETS.COCO_FORMAT = [*cfg.DATASETS.COCO_FORMAT, [name, json_file, "nowhere"]]
+    with pytest.raises(UserError, match=r"belongs to .*choose another"):
+        register_coco_format(cfg)
+    cfg.DATASETS.COCO_FORMAT = [["elsewhere", "https://example.org/a.json", str(tmp_path)]]
+    with pytest.raises(UserError, match=r"https://example\.org/a\.json is an address: download it"):
+        register_coco_format(cfg)
+
+
+def test_long_thin_pictures_keep_a_line(dataset, tmp_path):
+    def thin(data):
+        Image.new("RGB", (3, 1000)).save(tmp_path / "1.png")
+        data["images"][0].update(width=3, height=1000)
+
+    assert try_run(lambda: dataset(thin), tmp_path / "run") == "accepted"

@@ -60,6 +60,12 @@ def check_config(
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on.")
     if not training and not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name a dataset to evaluate on.")
+    for key, names in (
+        ("DATASETS.TRAIN", cfg.DATASETS.TRAIN if training else ()),
+        ("DATASETS.TEST", cfg.DATASETS.TEST),
+    ):
+        if len(set(names)) < len(names):
+            raise UserError(f"{key} is {tuple(names)}: name each dataset once.")
     checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS) if weights else None
     if not training and checkpoint is not None and class_names is None:
         class_names = checkpoint.class_names

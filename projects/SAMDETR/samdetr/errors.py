@@ -11,7 +11,10 @@ def one_line(text: object) -> str:
 
     White space becomes single blanks; control characters and those that cannot be encoded become "\N{REPLACEMENT CHARACTER}".
     """
-    words = "".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text)).split()
+    joiners = "\u200c\u200d"  # with which some languages write
+    words = "".join(
+        c if c.isprintable() or c.isspace() or c in joiners else "\N{REPLACEMENT CHARACTER}" for c in str(text)
+    ).split()
     return " ".join(words)
 
 

@@ -54,6 +54,8 @@ class Predictor:
         self.cfg = cfg
         self.model = model.eval()
         number = cfg.MODEL.SAMDETR.NUM_CLASSES
+        if isinstance(class_names, str):
+            raise UserError("class_names is a text: give a list of names.", argument="class_names")
         if class_names is not None and len(class_names) != number:
             raise UserError(
                 f"There are {len(class_names)} class names for a model of {number} classes: give one name per class.",
@@ -87,6 +89,8 @@ class Predictor:
         """
         if isinstance(images, ImageSource):
             return self([images])[0]
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: it must be 1 or more.")
         images = list(images)
         results = []
         for start in range(0, len(images), batch_size):
@@ -186,6 +190,8 @@ def _check_device(device: str) -> str:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise UserError(f"There is no device {device!r}: use cpu or cuda.", argument="device") from error
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"device is {device!r}: use cpu or cuda.", argument="device")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is {device!r}, but there is no CUDA device here: use cpu.", argument="device")
     return device
@@ -228,6 +234,8 @@ def list_images(paths: Iterable[str | os.PathLike], suffixes: Iterable[str]) -> 
         UserError: a path does not exist or cannot be read as a file, or a folder holds no such file.
     """
     files: list[Path] = []
+    if any(not os.fspath(path) for path in paths):
+        raise UserError("A path is empty: name a file or a folder.", argument="input")
     for path in map(Path, paths):
         if not path.is_dir():
             with _mistakes_in("input"):

@@ -127,7 +127,6 @@ class CheckedCheckpointer(DetectionCheckpointer):
         except (UserError, OSError):
             raise
         except Exception as error:  # states of other programs, and damaged ones, fail wherever they are used
-            logger.debug("While %s was loaded:", self._path, exc_info=True)
             raise UserError(
                 f"{self._path} cannot be loaded ({type(error).__name__}: {error}): it is damaged, or of another program or "
                 "version. Name another file, or start from its weights alone in a new OUTPUT_DIR."

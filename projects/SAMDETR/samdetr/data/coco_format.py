@@ -59,6 +59,7 @@ REPAIRED = {
     "category names that are no text": "taken as text",
     "category names that stand twice": "completed by their ids",
     "annotations without an area": "width x height",
+    "annotations with a larger area than their box": "width x height",
     "annotations without iscrowd": "taken as 0",
     "annotations with ignore": "taken as crowd",
     "annotation ids that are missing, duplicated or no positive whole number": "numbered anew",
@@ -372,7 +373,7 @@ class _Reader:
             else:
                 self.report.add("images without a width and height in the annotation file", name)
                 return sides
-        return 1, 1  # the image is refused anyway
+        return 2**31 - 1, 2**31 - 1  # the image is missing, and refused or skipped; its boxes are not outside of it
 
     def _read_categories(self, entries: list) -> dict[int, int]:
         """Read the categories; return each one's index by its id."""
@@ -399,7 +400,10 @@ class _Reader:
         for category_id, name in found.items():
             if times[name] > 1:
                 self.report.add("category names that stand twice", name)
-                found[category_id] = f"{name} ({category_id})"
+                taken = {*times, *found.values()}
+                while name in taken:
+                    name += f" ({category_id})"
+                found[category_id] = name
         self.result.category_ids = sorted(found)
         self.result.class_names = [found[category_id] for category_id in self.result.category_ids]
         return {category_id: index for index, category_id in enumerate(self.result.category_ids)}
@@ -449,6 +453,9 @@ class _Reader:
         area = self._number(entry.get("area"))
         if area is None or not math.isfinite(area) or area < 0:
             self.report.add("annotations without an area", where)
+            area = box[2] * box[3]
+        elif area > 1.1 * box[2] * box[3] + 1:
+            self.report.add("annotations with a larger area than their box", where)
             area = box[2] * box[3]
         flags = []
         for key in ("iscrowd", "ignore"):
@@ -512,16 +519,18 @@ class _Reader:
         result = self.result
         entries = defaultdict(list)
         for index, name in enumerate(result.file_names):
-            entries[os.path.normpath(name)].append(index)
+            entries[os.path.normpath(os.path.join(result.image_root, name))].append(index)
         repeated = {name: indices for name, indices in entries.items() if len(indices) > 1}
         if not repeated:
             return
         contents = defaultdict(list)
         for image, label, box in zip(result.image_index.tolist(), result.class_index.tolist(), result.boxes.tolist()):
             contents[image].append((label, *box))
-        for name, indices in repeated.items():
+        for indices in repeated.values():
             same = len({tuple(sorted(contents[index])) for index in indices}) == 1
-            self.report.add("images listed twice" if same else "images listed twice with other boxes", name)
+            self.report.add(
+                "images listed twice" if same else "images listed twice with other boxes", result.file_names[indices[0]]
+            )
 
 
 def _image_id(value: Any) -> int | str | None:
@@ -561,10 +570,15 @@ def register_coco_format(cfg) -> None:
             )
         name, json_file, image_root = entry
         if name in DatasetCatalog.list():
-            known = MetadataCatalog.get(name).get("json_file")
-            if known != json_file:
+            known = [MetadataCatalog.get(name).get(key) for key in ("json_file", "image_root")]
+            if known != [json_file, image_root]:
                 raise UserError(f"DATASETS.COCO_FORMAT: the name {name!r} belongs to {known}: choose another.")
             continue
+        for address in (json_file, image_root):
+            if "://" in address:
+                raise UserError(
+                    f"DATASETS.COCO_FORMAT: {name}'s {address} is an address: download it, and name the path."
+                )
         if not PathManager.exists(json_file):
             raise UserError(
                 f"DATASETS.COCO_FORMAT: {name}'s annotation file {json_file} does not exist (looked in {os.getcwd()})."

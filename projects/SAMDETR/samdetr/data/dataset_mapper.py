@@ -23,6 +23,16 @@ class RandomApply(T.RandomApply):
     __str__ = __repr__
 
 
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """detectron2's ``ResizeShortestEdge``, which keeps at least one pixel per side of a long thin image."""
+
+    def get_transform(self, image):
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+        return transform
+
+
 def build_train_augmentation(cfg) -> list[T.Augmentation]:
     """Build DETR's augmentation: flip; with probability ``INPUT.DETR_CROP.PROB`` resize and crop; then resize.
 
@@ -36,13 +46,13 @@ def build_train_augmentation(cfg) -> list[T.Augmentation]:
     if crop.PROB > 0:
         resize_and_crop = T.AugmentationList(
             [
-                T.ResizeShortestEdge(list(crop.MIN_SIZE), sample_style="choice"),
+                ResizeShortestEdge(list(crop.MIN_SIZE), sample_style="choice"),
                 T.RandomCrop("absolute_range", list(crop.SIZE)),
             ]
         )
         augmentation.append(RandomApply(resize_and_crop, prob=crop.PROB))
     augmentation.append(
-        T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
+        ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
     )
     return augmentation
 
@@ -66,6 +76,8 @@ class DetrDatasetMapper(DatasetMapper):
         arguments = super().from_config(cfg, is_train)
         if is_train:
             arguments["augmentations"] = build_train_augmentation(cfg)
+        else:
+            arguments["augmentations"] = [ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)]
         return {**arguments, "max_pixels": cfg.INPUT.MAX_PIXELS}
 
     def __call__(self, dataset_dict: dict) -> dict:

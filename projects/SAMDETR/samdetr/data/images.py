@@ -140,6 +140,8 @@ def read_size(source: str | os.PathLike) -> tuple[int, int]:
     try:
         image, close = _opened(source, str(source))
         try:
+            if image.format == "TIFF":  # which Pillow turns by itself
+                image.load()
             return image.size[::-1] if _orientation(image) >= 5 else image.size
         finally:
             close()
@@ -218,6 +220,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _decode(image: Image.Image, annotated_size: tuple[int, int] | None) -> Picture:
+    if not all(image.size):
+        raise UserError(f"An image needs at least one pixel, but this one is {image.size}.")
     image.load()  # before EXIF data are looked for, which would hide damage
     notes = []
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photograph with its preview
@@ -256,10 +260,12 @@ def _to_eight_bits(array: np.ndarray) -> tuple[np.ndarray, str]:
     """Scale an array to uint8; return it, and what was done."""
     values = np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
-    if array.dtype.kind != "f" and low >= 0 and high <= 65535:
-        low, high, note = 0, 65535, "16 bits per pixel are scaled to 8"
-    elif low >= 0 and high <= 1:
+    if array.dtype.kind == "f" and low >= 0 and high <= 1:
         low, high, note = 0, 1, "values from 0 to 1 are scaled to 255"
+    elif array.dtype.itemsize > 2 and low >= 0 and high <= 255:
+        low, high, note = 0, 255, "32 bits per pixel are rounded to 8"
+    elif array.dtype.kind != "f" and low >= 0 and high <= 65535:
+        low, high, note = 0, 65535, "16 bits per pixel are scaled to 8"
     else:
         note = "values are scaled from the picture's own lowest and highest to 0 and 255"
     return ((values - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8), note

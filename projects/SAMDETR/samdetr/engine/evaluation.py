@@ -53,7 +53,13 @@ class CheckedEvaluator(COCOEvaluator):
         """
         annotations = read_dataset(dataset_name, skip_missing=True)  # images are another matter
         if annotations is None:
-            super().__init__(dataset_name, tasks, output_dir=output_dir, max_dets_per_image=max_dets_per_image)
+            super().__init__(
+                dataset_name,
+                tasks,
+                output_dir=output_dir,
+                max_dets_per_image=max_dets_per_image,
+                allow_cached_coco=False,
+            )
             return
         # Replaces COCOEvaluator.__init__, which reads the annotation file itself.
         self._logger = logging.getLogger(COCOEvaluator.__module__)

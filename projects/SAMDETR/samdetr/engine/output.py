@@ -69,7 +69,7 @@ def keep_metrics_before(folder: str, iteration: int, complete: bool = False) -> 
     kept: dict[int, dict] = {}
     with open(path, errors="replace") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 entry = json.loads(line)
                 number = entry.get("iteration") if isinstance(entry, dict) else None
                 if number == iteration and not complete and "total_loss" not in entry:
