@@ -50,6 +50,11 @@ def read_config(args):
         raise UserError(
             f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} CUDA devices."
         )
+    processes = max(1, args.num_gpus * args.num_machines)
+    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % processes:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a multiple of the number of processes ({processes})."
+        )
     cfg.freeze()
     earlier = any(Path(cfg.OUTPUT_DIR).glob("model_*.pth"))
     if earlier and not (args.resume or args.eval_only):
@@ -75,8 +80,10 @@ def main(args, cfg):
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
-    except (UserError, OSError) as error:
+    except UserError as error:
         sys.exit(f"error{name}: {error}")
+    except OSError as error:  # such as a full disk
+        sys.exit(f"error{name}: {error}. What was saved before is whole: mend this, and go on with --resume.")
     except StopRequested:
         if not args.eval_only and comm.is_main_process():
             print(f"Continue with: --resume OUTPUT_DIR {cfg.OUTPUT_DIR}", file=sys.stderr)
@@ -93,12 +100,18 @@ def set_up(args, cfg):
     """Register the config's datasets, and set up OUTPUT_DIR with the config and the logs."""
     register_coco_format(cfg)
     kept = Path(cfg.OUTPUT_DIR, "config.yaml")
-    earlier = kept.read_bytes() if kept.exists() and any(kept.parent.glob("model_*.pth")) else None
+    # The config that a checkpoint was trained with stays beside it. It is moved, which needs no room on the disk.
+    moved = kept.with_name("config_trained.yaml")
+    if comm.is_main_process() and kept.is_file() and not moved.exists() and any(kept.parent.glob("model_*.pth")):
+        kept.rename(moved)
     comm.synchronize()
-    default_setup(cfg, args)
-    if earlier is not None and comm.is_main_process():  # the config that a checkpoint was trained with stays beside it
-        kept.rename(kept.with_name("config_eval.yaml" if args.eval_only else "config_resumed.yaml"))
-        kept.write_bytes(earlier)
+    try:
+        default_setup(cfg, args)
+    finally:
+        if comm.is_main_process() and moved.exists():
+            if kept.exists():
+                kept.rename(kept.with_name("config_eval.yaml" if args.eval_only else "config_resumed.yaml"))
+            moved.rename(kept)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="samdetr")
 
 

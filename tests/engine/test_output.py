@@ -5,7 +5,7 @@ import multiprocessing
 
 import pytest
 
-from samdetr.engine.output import keep_metrics_before, lock_folder, set_metrics_aside
+from samdetr.engine.output import keep_metrics_before, lock_folder, merge_metrics, set_metrics_aside
 from samdetr.errors import UserError
 
 
@@ -60,10 +60,22 @@ def test_a_resumed_run_keeps_the_lines_before_it(tmp_path):
 
 
 @pytest.mark.parametrize("complete", [False, True])
-def test_the_final_evaluation_of_a_shorter_run_stays(tmp_path, complete):
+def test_the_final_evaluation_stays(tmp_path, complete):
+    """As one during training, if the run goes on."""
     (tmp_path / "metrics.json").write_text('{"iteration": 4, "lr": 1}\n{"iteration": 5, "bbox/AP": 3}\n')
-    kept = keep_metrics_before(str(tmp_path), 5, complete)
-    assert kept == {4: {"iteration": 4, "lr": 1, **({} if complete else {"bbox/AP": 3})}}
+    kept = keep_metrics_before(str(tmp_path), 5, complete=complete)
+    if complete:
+        assert kept == {4: {"iteration": 4, "lr": 1}, 5: {"iteration": 5, "bbox/AP": 3}}
+    else:
+        assert kept == {4: {"iteration": 4, "lr": 1, "bbox/AP": 3}}
+
+
+def test_lines_of_one_iteration_are_merged(tmp_path):
+    lines = ['{"iteration": 4, "lr": 1}', '{"iteration": true}', '{"iteration": -1}', '{"iteration": 4, "bbox/AP": 3}']
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    merge_metrics(str(tmp_path), {"iteration": 3, "lr": 2})
+    found = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert found == [{"iteration": 3, "lr": 2}, {"iteration": 4, "lr": 1, "bbox/AP": 3}]
 
 
 def test_a_new_run_leaves_an_earlier_ones_metrics_under_another_name(tmp_path):

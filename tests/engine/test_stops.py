@@ -4,12 +4,14 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
-from processes import CONFIG, Script, train_net
+from processes import CONFIG, ROOT, Script, environment, train_net
 from samdetr.engine.stops import StoppableLoader, StopRequested, catch_signals, received_signal
 
 
@@ -19,9 +21,12 @@ def test_a_signal_is_remembered_and_forgotten():
         assert received_signal() is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert received_signal() == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)  # the same one, by another way
+        seen = []
         with pytest.raises(StopRequested) as stop:
-            list(StoppableLoader([1, 2]))
-        assert stop.value.code == 143
+            for batch in StoppableLoader([1, 2]):
+                seen.append(batch)
+        assert stop.value.code == 143 and not seen
     assert received_signal() is None and signal.getsignal(signal.SIGTERM) is before
     assert list(StoppableLoader([1, 2])) == [1, 2]
 
@@ -32,10 +37,11 @@ OPTIONS = [
 ]
 
 
-def wait_for(path, text, script):
+def wait_for(path, text, running):
+    """Wait until a file holds a text; ``running`` says whether the process that writes it still lives."""
     deadline = time.time() + 120
     while not (path.exists() and text in path.read_text()):
-        assert time.time() < deadline and script.process.exitcode is None
+        assert time.time() < deadline and running()
         time.sleep(0.02)
 
 
@@ -43,7 +49,7 @@ def wait_for(path, text, script):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_where_to_go_on_and_ends_as_one_that_was_not(number, tmp_path):
     script = Script("train_net.py", *CONFIG, "OUTPUT_DIR", tmp_path / "run", "SOLVER.MAX_ITER", 4000, *OPTIONS)
-    wait_for(tmp_path / "run" / "log.txt", "iter: 19", script)
+    wait_for(tmp_path / "run" / "log.txt", "iter: 19", script.process.is_alive)
     os.kill(script.process.pid, number)
     result = script.wait()
     assert result.returncode == 128 + number
@@ -67,7 +73,7 @@ def test_the_final_evaluation_can_be_interrupted_too(tmp_path):
     """With workers, which leave the signal to the run, and must not keep it from ending."""
     options = [*OPTIONS, "DATASETS.TEST", "('digits_val',)", "SOLVER.MAX_ITER", 2]
     script = Script("train_net.py", *CONFIG, "OUTPUT_DIR", tmp_path, *options)
-    wait_for(tmp_path / "log.txt", "Start inference on", script)
+    wait_for(tmp_path / "log.txt", "Start inference on", script.process.is_alive)
     os.kill(script.process.pid, signal.SIGTERM)
     assert script.wait(timeout=60).returncode == 143
     assert train_net("--resume", "OUTPUT_DIR", tmp_path, *options).returncode == 0
@@ -79,7 +85,7 @@ def test_the_final_evaluation_can_be_interrupted_too(tmp_path):
 def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path):
     options = [*OPTIONS, "DATASETS.TEST", "('digits_val',)", "TEST.EVAL_PERIOD", 2, "SOLVER.MAX_ITER", 4]
     script = Script("train_net.py", *CONFIG, "OUTPUT_DIR", tmp_path, *options)
-    wait_for(tmp_path / "log.txt", "Start inference on", script)
+    wait_for(tmp_path / "log.txt", "Start inference on", script.process.is_alive)
     os.kill(script.process.pid, signal.SIGTERM)
     assert script.wait().returncode == 143
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
@@ -103,21 +109,44 @@ def children(pid):
     return found
 
 
+def start_two(folder, *options):
+    """Start two processes in a group of their own, as a terminal does."""
+    options = [*OPTIONS, "DATALOADER.NUM_WORKERS", 0, "SOLVER.MAX_ITER", 4000, *options]
+    command = [sys.executable, str(ROOT / "train_net.py"), *CONFIG, "--num-gpus", "2", "OUTPUT_DIR", str(folder)]
+    with open(folder / "printed.txt", "w") as printed:
+        command += [str(option) for option in options]
+        return subprocess.Popen(
+            command, stderr=printed, stdout=printed, env=environment(1), start_new_session=True, cwd=ROOT
+        )
+
+
+EVALUATED = ["DATASETS.TEST", "('digits_val',)", "TEST.EVAL_PERIOD", 20]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_two_processes_stop_together(number, tmp_path):
-    """SIGTERM to the first process saves in both; when one is killed, the other ends and says why."""
-    options = [*OPTIONS, "DATALOADER.NUM_WORKERS", 0, "SOLVER.MAX_ITER", 4000]
-    script = Script("train_net.py", *CONFIG, "--num-gpus", 2, "OUTPUT_DIR", tmp_path, *options, threads=1)
-    wait_for(tmp_path / "log.txt", "iter: 19", script)
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("whom", ["first", "group", "second"])
+def test_two_processes_stop_together(whom, evaluated, tmp_path):
+    """Whoever gets the signal, in a step or in an evaluation, where one of them may have finished its share already."""
+    process = start_two(tmp_path, *(EVALUATED if evaluated else []))
+    wait_for(tmp_path / "log.txt", "Start inference on" if evaluated else "iter: 19", lambda: process.poll() is None)
+    if whom == "group":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        os.kill(process.pid if whom == "first" else max(children(process.pid)), signal.SIGTERM)
     start = time.time()
-    if number == signal.SIGKILL:
-        os.kill(max(children(script.process.pid)), number)
-    else:
-        os.kill(script.process.pid, number)
-    result = script.wait()
-    assert time.time() - start < 30 and "Traceback" not in result.stderr
-    if number == signal.SIGTERM:
-        assert result.returncode == 143 and re.fullmatch(r"model_\d+\.pth", (tmp_path / "last_checkpoint").read_text())
-    else:
-        assert result.returncode == 1 and "another process of this run has ended" in result.stderr
+    assert process.wait(60) == 143 and time.time() - start < 30
+    printed = (tmp_path / "printed.txt").read_text()
+    assert "Traceback" not in printed and "Continue with: --resume" in printed
+    assert re.fullmatch(r"model_\d+\.pth", (tmp_path / "last_checkpoint").read_text())
+
+
+@pytest.mark.slow
+def test_a_process_that_loses_its_partner_ends_and_says_so(tmp_path):
+    process = start_two(tmp_path)
+    wait_for(tmp_path / "log.txt", "iter: 19", lambda: process.poll() is None)
+    start = time.time()
+    os.kill(max(children(process.pid)), signal.SIGKILL)
+    assert process.wait(60) == 1 and time.time() - start < 30
+    printed = (tmp_path / "printed.txt").read_text()
+    assert "Traceback" not in printed and "another process of this run has ended" in printed

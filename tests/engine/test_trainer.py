@@ -238,7 +238,6 @@ def test_resuming_with_other_classes_is_refused(tmp_path):
     "damage",
     [
         lambda trainer: trainer.update(seed="3"),
-        lambda trainer: trainer.update(iteration=-1),
         lambda trainer: trainer.pop("_trainer"),
         lambda trainer: trainer["_trainer"].update(optimizer={}),
         lambda trainer: trainer["_trainer"]["optimizer"]["state"][0].update(exp_avg=torch.ones(1, 2)),
@@ -252,3 +251,39 @@ def test_training_states_that_cannot_be_used_are_refused(damage, tmp_path):
     torch.save(data, tmp_path / "model_final.pth")
     with pytest.raises(UserError, match=r"model_final\.pth cannot be loaded \(.*it is damaged, or of another program"):
         train(trainer_config(tmp_path), resume=True)
+
+
+def test_a_checkpoint_without_training_state_is_not_resumed(tmp_path):
+    """It would start again at the first step, and write over the later checkpoints."""
+    train(trainer_config(tmp_path))
+    data = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    torch.save({key: data[key] for key in ("model", "iteration")}, tmp_path / "model_final.pth")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
+    with pytest.raises(UserError, match=r"model_final\.pth holds no training state, as model_best\.pth does not"):
+        train(trainer_config(tmp_path), resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}.items() >= before.items()
+
+
+def test_states_that_do_not_belong_together_are_not_resumed(tmp_path):
+    train(trainer_config(tmp_path))
+    data = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    torch.save({**data, "iteration": 3}, tmp_path / "model_final.pth")
+    with pytest.raises(UserError, match=r"is of iteration 3, but its training state of 5"):
+        train(trainer_config(tmp_path), resume=True)
+
+
+def test_fewer_steps_than_a_run_has_are_refused(tmp_path):
+    train(trainer_config(tmp_path))
+    with pytest.raises(UserError, match=r"MAX_ITER is 4, but .*model_final\.pth has 6 steps already"):
+        train(trainer_config(tmp_path, "SOLVER.MAX_ITER", 4, "SOLVER.STEPS", (3,)), resume=True)
+
+
+@pytest.mark.parametrize("metric", [float("nan"), float("inf")])
+def test_a_best_ap_that_is_none_is_replaced(metric, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": 12.0}})
+    options = ["DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 2]
+    train_until(start(trainer_config(tmp_path, *options)), 4)
+    data = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    torch.save({**data, "metric": metric}, tmp_path / "model_best.pth")
+    train(trainer_config(tmp_path, *options), resume=True)
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["metric"] == 12.0

@@ -64,6 +64,8 @@ def check_config(
         ("DATASETS.TRAIN", cfg.DATASETS.TRAIN if training else ()),
         ("DATASETS.TEST", cfg.DATASETS.TEST),
     ):
+        if not all(isinstance(name, str) for name in names):
+            raise UserError(f"{key} is {tuple(names)}: it must be names of datasets.")
         if len(set(names)) < len(names):
             raise UserError(f"{key} is {tuple(names)}: name each dataset once.")
     checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS) if weights else None
@@ -136,6 +138,22 @@ def _check_solver(cfg: CfgNode) -> None:
     decay = cfg.SOLVER.WEIGHT_DECAY_BIAS
     if decay is not None and not (isinstance(decay, (int, float)) and 0 <= decay <= 1):
         raise UserError(f"SOLVER.WEIGHT_DECAY_BIAS is {decay}: it must be None or between 0 and 1.")
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) is not divisible by SOLVER.REFERENCE_WORLD_SIZE "
+            f"({reference}): change one of them."
+        )
+    if cfg.SOLVER.OPTIMIZER == "SGD" and cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
+        raise UserError("SOLVER.NESTEROV needs SOLVER.MOMENTUM, which is 0: raise it.")
+    if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupMultiStepLR" and cfg.SOLVER.BASE_LR_END > cfg.SOLVER.BASE_LR:
+        raise UserError(
+            f"SOLVER.BASE_LR_END ({cfg.SOLVER.BASE_LR_END}) is more than SOLVER.BASE_LR ({cfg.SOLVER.BASE_LR}): lower it."
+        )
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupStepWithFixedGammaLR" and cfg.SOLVER.NUM_DECAYS >= cfg.SOLVER.MAX_ITER:
+        raise UserError(
+            f"SOLVER.NUM_DECAYS ({cfg.SOLVER.NUM_DECAYS}) must be less than SOLVER.MAX_ITER ({cfg.SOLVER.MAX_ITER})."
+        )
     if cfg.SOLVER.RESCALE_INTERVAL and cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
         raise UserError(
             f"SOLVER.WARMUP_ITERS ({cfg.SOLVER.WARMUP_ITERS}) leaves nothing of SOLVER.MAX_ITER ({cfg.SOLVER.MAX_ITER}) to "
@@ -189,8 +207,13 @@ def _check_input(cfg: CfgNode) -> None:
     for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
         if len(value_of(cfg, key)) != 3:
             raise UserError(f"{key} is {value_of(cfg, key)}: it must be three values, one per colour.")
+    if not isinstance(cfg.OUTPUT_DIR, str) or not cfg.OUTPUT_DIR:
+        raise UserError(f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}: name a folder.")
+    if cfg.TEST.EXPECTED_RESULTS and not cfg.DATASETS.TEST:
+        raise UserError("TEST.EXPECTED_RESULTS is set, but DATASETS.TEST is empty: name a dataset to evaluate on.")
     for entry in cfg.TEST.EXPECTED_RESULTS:
-        if not isinstance(entry, (list, tuple)) or len(entry) != 4:
+        formed = isinstance(entry, (list, tuple)) and len(entry) == 4
+        if not formed or not all(isinstance(value, (int, float)) for value in entry[2:]):
             raise UserError(f"TEST.EXPECTED_RESULTS has the entry {entry!r}: each is [task, metric, value, tolerance].")
 
 

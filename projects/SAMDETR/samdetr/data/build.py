@@ -51,7 +51,19 @@ class CheckedLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[list[dict]]:
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(
+                    "A data-loading worker was killed, as happens when memory runs out: lower DATALOADER.NUM_WORKERS "
+                    f"({self.num_workers}), or make room, and resume."
+                ) from error
             for inputs in batch:
                 if "error" in inputs:
                     raise UserError(inputs["error"])

@@ -16,11 +16,11 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOeval_opt
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from ..checkpoint.checkpoint import write_atomically
 from ..data import build_test_loader, load_records, match_classes, read_dataset
 from ..errors import UserError
 from ..solver import autocast
@@ -131,8 +131,8 @@ def write_results(cfg, results: dict, name: str, weights: str) -> None:
     """
     if comm.is_main_process():
         content = {"weights": weights, "datasets": list(cfg.DATASETS.TEST), "results": _without_nan(results)}
-        with PathManager.open(os.path.join(cfg.OUTPUT_DIR, name), "w") as f:
-            json.dump(content, f, indent=1, allow_nan=False)
+        with write_atomically(os.path.join(cfg.OUTPUT_DIR, name)) as f:
+            f.write(json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def _without_nan(results):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..checkpoint.checkpoint import write_atomically
 from ..errors import UserError
 
-__all__ = ["keep_metrics_before", "lock_folder", "set_metrics_aside", "write_metrics"]
+__all__ = ["keep_metrics_before", "lock_folder", "merge_metrics", "set_metrics_aside"]
 
 
 @contextlib.contextmanager
@@ -54,34 +54,53 @@ def set_metrics_aside(folder: str) -> None:
         os.replace(path, earlier)
 
 
-def keep_metrics_before(folder: str, iteration: int, complete: bool = False) -> dict[int, dict]:
+def _read(path: str) -> dict[int, dict]:
+    """Return the lines of ``metrics.json`` that can be read, merged by iteration."""
+    lines: dict[int, dict] = {}
+    if os.path.exists(path):
+        with open(path, errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, RecursionError):
+                    entry = json.loads(line)
+                    number = entry.get("iteration") if isinstance(entry, dict) else None
+                    if type(number) is int and number >= 0:
+                        lines[number] = {**lines.get(number, {}), **entry}
+    return lines
+
+
+def _write(path: str, lines: dict[int, dict]) -> None:
+    with write_atomically(path) as file:
+        file.write("".join(json.dumps(lines[number]) + "\n" for number in sorted(lines)).encode())
+
+
+def keep_metrics_before(folder: str, iteration: int, *, complete: bool = False) -> dict[int, dict]:
     """Remove from ``metrics.json`` what a resumed run does again, and return the remaining lines by iteration.
+
+    detectron2 counts a run's final evaluation as one iteration later than those during training. That of a run which now
+    goes on becomes one during training.
 
     Args:
         folder: of the run.
         iteration: the one that the run goes on with; lines from there on go, and those that cannot be read.
-        complete: whether the run only evaluates again. Otherwise the final evaluation of a run that was shorter stays, which
-            detectron2 counts as one iteration later than those during training.
+        complete: whether the run has no more steps to do, so that its final evaluation stays what it is.
     """
     path = os.path.join(folder, "metrics.json")
-    if not os.path.exists(path):
-        return {}
-    kept: dict[int, dict] = {}
-    with open(path, errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, RecursionError):
-                entry = json.loads(line)
-                number = entry.get("iteration") if isinstance(entry, dict) else None
-                if number == iteration and not complete and "total_loss" not in entry:
-                    number -= 1
-                if isinstance(number, int) and number < iteration:
-                    kept[number] = {**kept.get(number, {}), **entry, "iteration": number}
-    with write_atomically(path) as file:
-        file.write("".join(json.dumps(entry) + "\n" for entry in kept.values()).encode())
+    lines = _read(path)
+    kept = {number: entry for number, entry in lines.items() if number < iteration}
+    final = lines.get(iteration, {})
+    if final and "total_loss" not in final:
+        number = iteration if complete else iteration - 1
+        kept[number] = {**kept.get(number, {}), **final, "iteration": number}
+    if lines:
+        _write(path, kept)
     return kept
 
 
-def write_metrics(folder: str, entry: dict) -> None:
-    """Add a line to ``metrics.json``."""
-    with open(os.path.join(folder, "metrics.json"), "a") as file:
-        file.write(json.dumps(entry) + "\n")
+def merge_metrics(folder: str, entry: dict | None = None) -> None:
+    """Write each iteration of ``metrics.json`` in one line, together with a further entry; later values count."""
+    path = os.path.join(folder, "metrics.json")
+    lines = _read(path)
+    if entry is not None:
+        lines[entry["iteration"]] = {**lines.get(entry["iteration"], {}), **entry}
+    if lines:
+        _write(path, lines)

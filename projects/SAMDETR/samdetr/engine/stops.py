@@ -2,17 +2,21 @@
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 
 import torch
+from detectron2.utils import comm
 
 __all__ = [
     "StopRequested",
     "StoppableLoader",
     "catch_signals",
+    "ignore_signals",
     "is_lost_partner",
     "pass_signals_on",
     "received_signal",
@@ -22,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # What a terminal sends on Ctrl-C, and schedulers before they kill.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAME_SIGNAL = 2.0  # seconds
 _received: list[int] = []
 
 
@@ -40,12 +45,18 @@ def received_signal() -> int | None:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[None]:
-    """Remember SIGINT and SIGTERM instead of ending at once. A second one ends at once after all."""
+    """Remember SIGINT and SIGTERM instead of ending at once. Another one, seconds later, ends at once after all."""
+    first = math.inf
 
     def remember(number, frame):
+        nonlocal first
         if _received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+            # The same signal may come twice, to the process group and from the process that has started this one.
+            if time.monotonic() - first > _SAME_SIGNAL:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        first = time.monotonic()
         _received.append(number)
         logger.warning("%s received: stopping after this step. Once more ends at once.", signal.Signals(number).name)
 
@@ -56,6 +67,12 @@ def catch_signals() -> Iterator[None]:
         _received.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ignore_signals() -> None:
+    """Ignore SIGINT and SIGTERM until the end of :func:`catch_signals`, while what they have asked for is done."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -87,7 +104,7 @@ class StoppableLoader:
     """Wrap a loader for evaluation, which a signal may interrupt between two batches.
 
     Raises:
-        StopRequested: while it is iterated, when a signal has been received.
+        StopRequested: at the end of its iteration, in every process, if any of them has received a signal.
     """
 
     def __init__(self, loader: Iterable):
@@ -98,7 +115,10 @@ class StoppableLoader:
 
     def __iter__(self) -> Iterator:
         for batch in self.loader:
-            number = received_signal()
-            if number is not None:
-                raise StopRequested(number)
+            if received_signal() is not None:
+                break
             yield batch
+        # Together, since those that have more batches left would wait for the others, which have ended, to save.
+        number = max(comm.all_gather(received_signal() or 0))
+        if number:
+            raise StopRequested(number)

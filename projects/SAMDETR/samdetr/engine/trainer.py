@@ -20,8 +20,8 @@ from ..data import build_test_loader, build_train_loader, load_records, warn_abo
 from ..errors import UserError
 from ..solver import autocast, build_optimizer
 from .evaluation import CheckedEvaluator, build_evaluator, write_results
-from .output import keep_metrics_before, set_metrics_aside, write_metrics
-from .stops import StoppableLoader, StopRequested, catch_signals
+from .output import keep_metrics_before, merge_metrics, set_metrics_aside
+from .stops import StoppableLoader, StopRequested, catch_signals, ignore_signals
 from .train_step import TrainStep
 
 __all__ = ["Trainer", "evaluate"]
@@ -47,7 +47,7 @@ class KeepBest(HookBase):
         if self.trainer.start_iter > 0 and PathManager.isfile(path):
             try:
                 metric = Checkpoint.read(path, name="The best checkpoint").metric
-                self.best = -math.inf if metric is None else metric
+                self.best = metric if metric is not None and math.isfinite(metric) else -math.inf
             except UserError as error:
                 logger.error("%s The next evaluation replaces it.", error)
 
@@ -126,8 +126,9 @@ class Evaluate(hooks.EvalHook):
 class WriteMetrics(HookBase):
     """Write the metrics every 20 steps and after each evaluation, which a stopped run must not lose."""
 
-    def __init__(self, build_writers, evaluation_period: int):
+    def __init__(self, build_writers, folder: str, evaluation_period: int):
         self.build_writers = build_writers
+        self.folder = folder
         self.periods = [period for period in (20, evaluation_period) if period > 0]
         self.writers: list[EventWriter] = []
 
@@ -136,7 +137,7 @@ class WriteMetrics(HookBase):
         if self.trainer.evaluation_missed:
             latest = self.trainer.storage.latest().items()
             results = {name: value for name, (value, step) in latest if step == self.trainer.iter}
-            write_metrics(self.trainer.cfg.OUTPUT_DIR, {**self.trainer.metrics_of_last_step, **results})
+            merge_metrics(self.folder, {"iteration": self.trainer.iter, **results})
         self.writers = self.build_writers()
         for writer in self.writers:
             if isinstance(writer, JSONWriter):
@@ -153,6 +154,7 @@ class WriteMetrics(HookBase):
         self._write()
         for writer in self.writers:
             writer.close()
+        merge_metrics(self.folder)  # a complete run that was resumed has evaluated again
 
     def _write(self):
         for writer in self.writers:
@@ -209,7 +211,6 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.evaluation_missed = False
-        self.metrics_of_last_step: dict[str, float] = {}
         for name in cfg.DATASETS.TEST:  # before training, so that no mistake in them comes to light hours later
             check_test_dataset(cfg, name, self.description["class_names"])
         self.register_hooks(self.build_hooks())
@@ -259,7 +260,9 @@ class Trainer(DefaultTrainer):
                 metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
                 result.append(KeepBest(best, cfg.TEST.EVAL_PERIOD, metric))
         if comm.is_main_process():
-            result.append(WriteMetrics(self.build_writers, cfg.TEST.EVAL_PERIOD if cfg.DATASETS.TEST else 0))
+            result.append(
+                WriteMetrics(self.build_writers, cfg.OUTPUT_DIR, cfg.TEST.EVAL_PERIOD if cfg.DATASETS.TEST else 0)
+            )
         return result
 
     def _evaluate(self) -> dict:
@@ -284,9 +287,11 @@ class Trainer(DefaultTrainer):
         Raises:
             StopRequested: always.
         """
+        ignore_signals()
         self.iter = finished = min(self.iter, self.max_iter - 1)  # the last step, also in the evaluation after it
         if comm.is_main_process():
             self.checkpointer.save(f"model_{finished:07d}", iteration=finished)
+        comm.synchronize()  # launchers end the others when the first one ends
         logger.warning(
             "Stopped by %s after iteration %d of %d. Resume this run from OUTPUT_DIR %s.",
             *(signal.Signals(number).name, finished, self.max_iter, self.cfg.OUTPUT_DIR),
@@ -349,7 +354,7 @@ class Trainer(DefaultTrainer):
             )
         self.checkpointer.complete = checkpoint is not None
         if checkpoint is not None:
-            self._check_same_classes(checkpoint)
+            self._check_resumable(checkpoint)
             self.checkpointer.load(checkpoint)
             self.start_iter = self.iter + 1  # the checkpoint holds the last finished iteration
         else:
@@ -369,11 +374,24 @@ class Trainer(DefaultTrainer):
         period = self.cfg.TEST.EVAL_PERIOD if self.cfg.DATASETS.TEST else 0
         due = self.start_iter < self.max_iter and period > 0 and self.start_iter % period == 0
         self.evaluation_missed = due and not any("/AP" in key for key in kept.get(step, {}))
-        if self.evaluation_missed:  # its results belong into the same line
-            self.metrics_of_last_step = {"iteration": step, **kept.get(step, {})}
-            keep_metrics_before(self.cfg.OUTPUT_DIR, step)
 
-    def _check_same_classes(self, checkpoint: Checkpoint) -> None:
+    def _check_resumable(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.entries.get("trainer")
+        if state is None:
+            raise UserError(
+                f"{checkpoint.path} holds no training state, as model_best.pth does not, so that training cannot go on from "
+                "it: take it out of OUTPUT_DIR, or name it in MODEL.WEIGHTS and another OUTPUT_DIR."
+            )
+        if checkpoint.iteration is not None and state.get("iteration") != checkpoint.iteration:
+            raise UserError(
+                f"{checkpoint.path} is damaged: it is of iteration {checkpoint.iteration}, but its training state of "
+                f"{state.get('iteration')}. Take it out of OUTPUT_DIR."
+            )
+        if checkpoint.iteration is not None and checkpoint.iteration >= self.max_iter:
+            raise UserError(
+                f"SOLVER.MAX_ITER is {self.max_iter}, but {checkpoint.path} has {checkpoint.iteration + 1} steps already: "
+                "raise it, or name another OUTPUT_DIR."
+            )
         earlier, now = checkpoint.class_names, self.description["class_names"]
         if earlier is not None and now is not None and earlier != now:
             index = next((i for i, (a, b) in enumerate(zip(earlier, now)) if a != b), min(len(earlier), len(now)))
