@@ -56,7 +56,7 @@ def read_config(args):
             f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a multiple of the number of processes ({processes})."
         )
     cfg.freeze()
-    earlier = any(Path(cfg.OUTPUT_DIR).glob("model_*.pth"))
+    earlier = any(Path(str(cfg.OUTPUT_DIR)).glob("model_*.pth"))
     if earlier and not (args.resume or args.eval_only):
         raise UserError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds the checkpoints of an earlier run: continue it with --resume, or name "

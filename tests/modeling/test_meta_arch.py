@@ -12,6 +12,7 @@ import samdetr
 from helpers import DN, MULTI_SCALE, PLAIN, SMCA, load_config, make_input, tiny_config, tiny_model
 from oracles import plain_align, plain_attention
 from samdetr.errors import UserError
+from samdetr.modeling.build import build_detector
 from samdetr.modeling.structures import AlignedQuery
 
 
@@ -318,3 +319,11 @@ def test_weights_that_are_not_finite_are_refused_in_evaluation():
     torch.nn.init.constant_(model.decoder.box_heads[-1].layers[-1].bias, math.nan)
     with pytest.raises(UserError, match=r"predictions for image a\.jpg are not finite: its weights are of no use"):
         model([make_input(64, 64, file_name="a.jpg")])
+
+
+@pytest.mark.parametrize(
+    "options", [["MODEL.RESNETS.NORM", "GN"], ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"]]
+)
+def test_parts_that_do_not_fit_together_are_refused(options):
+    with pytest.raises(UserError, match=r"cannot be built from the MODEL keys of the config \(.*\.py, line \d+\)"):
+        build_detector(tiny_config(*options))

@@ -11,6 +11,7 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
+from .data.images import DEFAULT_MAX_PIXELS
 from .errors import UserError, did_you_mean
 
 __all__ = [
@@ -285,7 +286,7 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     cfg.DATALOADER.MAX_UNREADABLE_IMAGES = 100
 
     # Pictures with more pixels are refused. By default Pillow's limit, since small files can hold enormous pictures.
-    cfg.INPUT.MAX_PIXELS = 178956970
+    cfg.INPUT.MAX_PIXELS = DEFAULT_MAX_PIXELS
 
     # Training augmentation (samdetr.data.dataset_mapper): with probability PROB, resize the short side to one of MIN_SIZE
     # and crop SIZE[0] to SIZE[1] pixels per side; then resize as without the crop. It replaces detectron2's INPUT.CROP.

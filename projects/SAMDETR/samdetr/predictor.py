@@ -16,7 +16,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 
@@ -26,6 +25,7 @@ from .config import load_config, merge_options
 from .data import register_coco_format
 from .data.images import ImageSource, check_regular_file, read_image
 from .errors import UserError, one_line
+from .modeling.build import build_detector
 from .solver import autocast
 
 __all__ = ["ImageSource", "Predictor", "list_images", "load", "read_image"]
@@ -163,7 +163,7 @@ def load(
     check_model(cfg)
     if checkpoint is not None:
         _check_size(cfg, checkpoint)
-    model = build_model(cfg)
+    model = build_detector(cfg)
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: this model has RANDOM weights. Load a checkpoint instead.")
     # Predict with the weights that training evaluates: the averaged ones, if there are any.
@@ -181,7 +181,7 @@ def _check_size(cfg: CfgNode, checkpoint: Checkpoint) -> None:
     described.defrost()
     described.MODEL.DEVICE = "meta"
     with torch.device("meta"):
-        shapes = build_model(described)
+        shapes = build_detector(described)
     check_fit(checkpoint.path, shapes, checkpoint.weights, complete=True)
 
 

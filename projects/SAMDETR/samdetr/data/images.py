@@ -34,7 +34,7 @@ _LOGGED: set[str] = set()  # the notes that this process has logged
 _LIMIT_LOCK = threading.Lock()  # Pillow's limit is a global variable
 
 # A larger picture is taken for a decompression bomb; Pillow's own limit.
-DEFAULT_MAX_PIXELS = 178956970
+DEFAULT_MAX_PIXELS = 2 * 1024**3 // 4 // 3
 
 _ORIENTATION = 0x0112  # EXIF's tag, and how to turn a picture upright by its value
 _UPRIGHT = {

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..checkpoint import CheckedCheckpointer, Checkpoint, describe_run
 from ..data import build_test_loader, build_train_loader, load_records, warn_about_capacity
 from ..errors import UserError
+from ..modeling.build import build_detector
 from ..solver import autocast, build_optimizer
 from .evaluation import CheckedEvaluator, build_evaluator, write_results
 from .output import keep_metrics_before, merge_metrics, set_metrics_aside
@@ -218,6 +219,12 @@ class Trainer(DefaultTrainer):
     @property
     def evaluated_model(self) -> torch.nn.Module:
         return self.inner_model if self.average is None else self.average.module
+
+    @classmethod
+    def build_model(cls, cfg):
+        model = build_detector(cfg)
+        logger.info("Model:\n%s", model)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg, model):
