@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -14,6 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # Also for scripts that run in another folder, so that the embedded dataset is written once.
 os.environ.setdefault("DETECTRON2_DATASETS", str(ROOT / "datasets"))
+# Otherwise a trainer would send detectron2's log to the stream that the first such test captures, and which is closed then.
+logging.getLogger("detectron2").setLevel(logging.INFO)
 # Several workers (pytest -n) share the cores.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 

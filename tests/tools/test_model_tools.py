@@ -310,8 +310,7 @@ def test_two_models_side_by_side(tool, run_folder, pictures, tmp_path):
     arguments = ["--weights", weights, "--input", pictures / "one.png", "--score-threshold", 0, "--max-queries", 1]
     tool("visualize_attention", *arguments, "--output", tmp_path / "alone")
     _, printed = tool("visualize_attention", *arguments, "--output", tmp_path / "both", "--compare-weights", weights)
-    (line,) = (line for line in printed.splitlines() if " | " in line)  # among warnings, perhaps
-    first, second = line.split(": ", 1)[1].split(" | ")
+    first, second = printed.strip().splitlines()[-1].split(": ", 1)[1].split(" | ")
     assert first == second
     (alone,), (both,) = ((tmp_path / name).iterdir() for name in ("alone", "both"))
     assert Image.open(both).size[0] > 2 * Image.open(alone).size[0]
