@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from samdetr.data import (
     build_test_loader,
     build_train_loader,
     clean_annotations,
+    load_records,
 )
 from samdetr.errors import UserError
 
@@ -91,3 +93,27 @@ def test_records_without_a_size_are_left_to_the_mapper():
     del record["height"], record["width"]
     (cleaned,) = clean_annotations([record])
     assert cleaned["annotations"][0]["bbox"] == [10, 10, 500, 20]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file_name": None}, "record 0 is not a dict with a 'file_name'"),
+        ({"image_id": ...}, "has no 'image_id'"),
+        ({"annotations": {"bbox": [1, 2, 3, 4]}}, "is not a list of dicts"),
+        ({"annotations": [{"bbox": [1, 2, 3], "bbox_mode": 0, "category_id": 0}]}, r"'bbox' of record 0 \(photo.jpg\)"),
+        ({"annotations": [{"bbox": [1, 2, 3, 4], "category_id": 0}]}, "'bbox_mode' of record 0 .* is None"),
+        ({"annotations": [{"bbox": [1, 2, 3, 4], "bbox_mode": 0, "category_id": "cat"}]}, "'category_id' .* is 'cat'"),
+    ],
+)
+def test_records_that_a_function_made_wrongly_are_refused(change, message):
+    record = {**record_with((1, 2, 3, 4)), "image_id": 1}
+    DatasetCatalog.register("made_by_a_function", lambda: [record])
+    try:
+        assert load_records("made_by_a_function")[0]["file_name"] == "photo.jpg"
+        record.update(change)
+        record = {key: value for key, value in record.items() if value is not ...}
+        with pytest.raises(UserError, match=f"'made_by_a_function'.*{message}"):
+            load_records("made_by_a_function")
+    finally:
+        DatasetCatalog.remove("made_by_a_function")

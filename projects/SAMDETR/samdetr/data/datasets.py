@@ -5,6 +5,7 @@ Datasets that are files in COCO's format are read by this project's reader, also
 
 import copy
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 
@@ -94,7 +95,9 @@ def load_records(
     annotations = read_dataset(name, training=training, skip_missing=skip_missing)
     metadata = MetadataCatalog.get(name)
     if annotations is None:
-        records = clean_annotations(DatasetCatalog.get(name))
+        records = DatasetCatalog.get(name)
+        check_records(records, name)
+        records = clean_annotations(records)
     else:
         annotations.report.log(annotations.path)
         records = annotations.records()
@@ -113,6 +116,45 @@ def load_records(
             found = record.get("annotations", [])
             record["annotations"] = [{**entry, "category_id": order[entry["category_id"]]} for entry in found]
     return records
+
+
+def check_records(dataset_dicts: list[dict], name: str) -> None:
+    """Check that a dataset that a function made is in detectron2's standard format, as far as detection needs it.
+
+    Raises:
+        UserError: it is not; names the dataset, the record and the key.
+    """
+
+    def refuse(what: str) -> None:
+        raise UserError(f"The dataset {name!r}, which a function made, cannot be used: {what}.")
+
+    if not isinstance(dataset_dicts, list) or not dataset_dicts:
+        refuse("it must be a list of at least one record")
+    for number, record in enumerate(dataset_dicts):
+        where = f"record {number}"
+        if not isinstance(record, dict) or not isinstance(record.get("file_name"), str | os.PathLike):
+            refuse(f"{where} is not a dict with a 'file_name'")
+        if "image_id" not in record:
+            refuse(f"{where} ({record['file_name']}) has no 'image_id', a number or text of its own")
+        found = record.get("annotations", [])
+        if not isinstance(found, list | tuple) or not all(isinstance(entry, dict) for entry in found):
+            refuse(f"'annotations' of {where} ({record['file_name']}) is not a list of dicts")
+        for entry in found:
+            if not _is_box(entry.get("bbox")):
+                refuse(f"a 'bbox' of {where} ({record['file_name']}) is {entry.get('bbox')!r}, not four numbers")
+            if entry.get("bbox_mode") not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+                refuse(
+                    f"a 'bbox_mode' of {where} ({record['file_name']}) is {entry.get('bbox_mode')!r}, neither "
+                    "BoxMode.XYXY_ABS nor BoxMode.XYWH_ABS"
+                )
+            category = entry.get("category_id")
+            if isinstance(category, bool) or not isinstance(category, int | np.integer) or category < 0:
+                refuse(f"a 'category_id' of {where} ({record['file_name']}) is {category!r}, not a class's index")
+
+
+def _is_box(box) -> bool:
+    """Return whether a box is four numbers, finite or not."""
+    return np.shape(box) == (4,) and all(isinstance(number, int | float | np.number) for number in box)
 
 
 def clean_annotations(dataset_dicts: list[dict]) -> list[dict]:
