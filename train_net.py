@@ -17,6 +17,7 @@ if __name__ in ("__main__", "__mp_main__"):  # until a run has begun, Ctrl-C end
 import contextlib
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -121,6 +122,8 @@ def run(args):
         join_slurm_job()
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("With several machines, name the first one's address in --dist-url: tcp://HOST:PORT.")
+    if args.dist_url != "auto" and not re.fullmatch(r"tcp://[^/]+:\d+|file:///.+|env://.*", args.dist_url):
+        raise UserError(f"--dist-url is {args.dist_url!r}: give tcp://HOST:PORT or file:///PATH.")
     cfg = read_config(args)
     main_machine = args.machine_rank == 0 and int(os.environ.get("RANK", 0)) == 0
     with lock_folder(cfg.OUTPUT_DIR) if main_machine and not args.eval_only else contextlib.nullcontext():

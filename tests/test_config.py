@@ -84,6 +84,21 @@ def test_bare_names_are_found_from_any_folder(tmp_path, monkeypatch):
         load_config("mine2.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty or no YAML of keys and values"),
+        ("just words", "is empty or no YAML of keys and values"),
+        ("_BASE_: mine.yaml", "_BASE_ leads back to itself"),
+    ],
+)
+def test_files_that_are_no_config_are_refused(text, message, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"mine\.yaml: .*{message}"):
+        load_config(path)
+
+
 def test_without_a_file_there_are_the_defaults():
     assert load_config(None).MODEL.SAMDETR.NUM_QUERIES == 300
     assert load_config("", ["SEED", 3]).SEED == 3

@@ -179,6 +179,9 @@ def test_weights_that_are_missing_are_named(checkpoint, tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml: there is no such file") as error:
         samdetr.load(tmp_path / "nowhere.yaml")
     assert error.value.argument == "source"
+    for address in ("http://127.0.0.1:9/model.pth", "catalog://nothing"):
+        with pytest.raises(UserError, match=f"{address} cannot be downloaded"):
+            samdetr.load(address, device="cpu")
 
 
 def test_a_pickled_model_of_detectron2_needs_a_config(checkpoint, tmp_path):

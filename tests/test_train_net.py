@@ -172,6 +172,7 @@ def test_earlier_checkpoints_are_not_overwritten(run_folder, tmp_path):
         (["MODEL.SAMDETR.NUM_CLASSES", 80], "set MODEL.SAMDETR.NUM_CLASSES 10"),
         (["--config-file", "nowhere.yaml"], "error: --config-file: nowhere.yaml: there is no such file"),
         (["MODEL.SAMDETR.NUM_QUERIE", 80], "Did you mean 'MODEL.SAMDETR.NUM_QUERIES'?"),
+        (["--dist-url", "junk"], "--dist-url is 'junk': give tcp://HOST:PORT or file:///PATH"),
         (["--eval-only", "MODEL.WEIGHTS", "missing.pth"], "MODEL.WEIGHTS missing.pth: there is no such file"),
     ],
 )

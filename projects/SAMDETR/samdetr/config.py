@@ -53,6 +53,11 @@ def load_config(file: str | os.PathLike | None, options: Sequence[Any] = ()) -> 
         path = find_config(os.fspath(file))
         try:
             loaded = CfgNode(_reader(path).load_yaml_with_base(path))
+        except RecursionError as error:
+            raise UserError(f"{path}: its _BASE_ leads back to itself: name another.", argument="config_file") from error
+        except (TypeError, AttributeError) as error:  # PyYAML has read something that is no mapping
+            message = f"{path}: it, or its _BASE_, is empty or no YAML of keys and values."
+            raise UserError(message, argument="config_file") from error
         except Exception as error:  # the errors of YAML, yacs and missing files have no common base
             raise UserError(f"{path}: {type(error).__name__}: {error}", argument="config_file") from error
         _merge(cfg, path, cfg.merge_from_other_cfg, loaded)

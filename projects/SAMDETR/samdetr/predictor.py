@@ -145,7 +145,7 @@ def load(
         merge_options(cfg, options)
         checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS)
     else:
-        path = PathManager.get_local_path(source) if "://" in source else source
+        path = _download(source) if "://" in source else source
         with _mistakes_in("source"):
             checkpoint = Checkpoint.read_local(path, name="checkpoint")
         cfg = load_config(config_file) if config_file is not None else checkpoint and checkpoint.config()
@@ -204,6 +204,21 @@ def _mistakes_in(argument: str):
         yield
     except UserError as error:
         raise UserError(str(error), argument=argument) from error
+
+
+def _download(address: str) -> str:
+    """Return where a file lies on this machine after it was downloaded.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    try:
+        return PathManager.get_local_path(address)
+    except Exception as error:  # each kind of address raises its own types
+        raise UserError(
+            f"{address} cannot be downloaded ({one_line(error)}): correct the address, or name a file on this machine.",
+            argument="source",
+        ) from error
 
 
 def _is_config(source: str) -> bool:
