@@ -51,6 +51,13 @@ PLAIN = ["MODEL.SAMDETR.CROSS_ATTENTION.NAME", "CrossAttention"]
 DN = ["MODEL.SAMDETR.QUERY_GENERATOR.NAME", "DenoisingQueryGenerator"]
 
 
+# What goes beyond the paper: reference boxes selected from the encoder, and a dense head.
+BEYOND = [
+    *("MODEL.SAMDETR.QUERY_GENERATOR.SELECT_FROM_ENCODER", True, "MODEL.SAMDETR.DENSE_HEAD.ENABLED", True),
+    *("MODEL.SAMDETR.ANCHOR_SIZE", 0.2),
+]
+
+
 MULTI_SCALE = [
     *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"], "MODEL.SAMDETR.IN_FEATURES", ["res3", "res4", "res5"]),
     *("MODEL.SAMDETR.ENCODER.NAME", "DeformableTransformerEncoder"),

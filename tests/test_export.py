@@ -8,7 +8,7 @@ import pytest
 import torch
 from export_model import largest_difference
 
-from helpers import DN, MULTI_SCALE, ROOT, SMCA, tiny_config, tiny_model
+from helpers import BEYOND, DN, MULTI_SCALE, ROOT, SMCA, tiny_config, tiny_model
 from samdetr.export import ExportableModel, describe, export, trace
 from samdetr.predictor import Predictor
 
@@ -19,7 +19,7 @@ TWO_LEVELS = [
     *("MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"], "MODEL.SAMDETR.IN_FEATURES", ["res4", "res5"]),
     *("MODEL.SAMDETR.DECODER.NUM_LAYERS", 2),  # one per level
 ]
-FAMILIES = {"single-scale": [*SMCA, *ONE_LAYER], "multi-scale": [*SMCA, *MULTI_SCALE, *DN, *TWO_LEVELS]}
+FAMILIES = {"single-scale": [*SMCA, *ONE_LAYER], "multi-scale": [*SMCA, *MULTI_SCALE, *DN, *BEYOND, *TWO_LEVELS]}
 
 
 def make_predictor(*options):

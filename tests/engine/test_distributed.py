@@ -12,7 +12,7 @@ import torch.multiprocessing
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 
-from helpers import BATCH, DN, ROOT, SMCA, frozen_statistics, make_step, run_steps, tiny_model
+from helpers import BATCH, BEYOND, DN, ROOT, SMCA, frozen_statistics, make_step, run_steps, tiny_model
 from processes import CONFIG, environment, run_script, start_processes
 from samdetr.modeling.criterion import average_over_processes
 
@@ -54,7 +54,7 @@ def train_with(world_size, folder, options, batch, iterations=2):
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("options", [[], ["SOLVER.ACCUMULATION_STEPS", 2]], ids=["", "accumulating"])
 def test_two_processes_do_what_one_does(batch, options, tmp_path):
-    options = [*SMCA, *options]
+    options = [*SMCA, *BEYOND, *options]
     (one,) = train_with(1, tmp_path / "one", options, batch)
     two = train_with(2, tmp_path / "two", options, batch)
     for name in ("total_loss", "loss_class", "loss_l1_0", "loss_giou"):
@@ -69,7 +69,7 @@ def test_two_processes_do_what_one_does(batch, options, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_without_boxes_neither_hangs_nor_differs_with_denoising(tmp_path):
-    two = train_with(2, tmp_path / "two", [*SMCA, *DN], UNEVEN)
+    two = train_with(2, tmp_path / "two", [*SMCA, *DN, *BEYOND], UNEVEN)
     assert all(torch.equal(two[0]["weights"][name], value) for name, value in two[1]["weights"].items())
     assert all(gradient.isfinite().all() for gradient in two[0]["gradients"].values())
 

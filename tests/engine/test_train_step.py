@@ -7,7 +7,18 @@ import math
 import pytest
 import torch
 
-from helpers import BATCH, DN, MULTI_SCALE, SMCA, frozen_statistics, make_input, make_step, run_steps, tiny_model
+from helpers import (
+    BATCH,
+    BEYOND,
+    DN,
+    MULTI_SCALE,
+    SMCA,
+    frozen_statistics,
+    make_input,
+    make_step,
+    run_steps,
+    tiny_model,
+)
 from samdetr.engine.train_step import step_seed
 from samdetr.errors import UserError
 
@@ -15,11 +26,11 @@ from samdetr.errors import UserError
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
     """Parts with and without boxes; all of one size, so that padding at the border does not depend on the part."""
-    whole = frozen_statistics(tiny_model(*SMCA))
+    whole = frozen_statistics(tiny_model(*SMCA, *BEYOND))
     accumulated = copy.deepcopy(whole)
     expected = run_steps(make_step(whole, BATCH))
     found = run_steps(make_step(accumulated, BATCH, "SOLVER.ACCUMULATION_STEPS", parts))
-    for name in ("total_loss", "loss_class", "loss_giou_0"):
+    for name in ("total_loss", "loss_class", "loss_giou_0", "loss_proposal_l1", "loss_dense_class"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4)
     for (name, a), b in zip(whole.named_parameters(), accumulated.parameters()):
         assert torch.allclose(a.grad, b.grad, atol=1e-4 * a.grad.abs().max().clamp(min=1e-3)), name
@@ -35,7 +46,7 @@ def test_denoising_losses_are_normalised_by_the_whole_batch():
     assert part["loss_l1"].item() == pytest.approx(alone["loss_l1"].item() * 2 / 6, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [SMCA, [*SMCA, *DN, *MULTI_SCALE]], ids=["single-scale", "multi-scale"])
+@pytest.mark.parametrize("options", [SMCA, [*SMCA, *DN, *MULTI_SCALE, *BEYOND]], ids=["single-scale", "multi-scale"])
 def test_bfloat16_trains_and_stays_close_to_float32(options):
     full = tiny_model(*options)
     half = copy.deepcopy(full)

@@ -9,7 +9,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from helpers import DN, load_config, make_input, tiny_config, tiny_model
+from helpers import BEYOND, DN, load_config, make_input, tiny_config, tiny_model
 from samdetr.checkpoint import CheckedCheckpointer, Checkpoint
 from samdetr.engine import Trainer
 from samdetr.engine.trainer import freeze_unused_backbone
@@ -43,7 +43,7 @@ def trainer_config(folder, *options):
     return tiny_config(
         *("OUTPUT_DIR", str(folder), "SOLVER.IMS_PER_BATCH", 4, "DATALOADER.NUM_WORKERS", 0, "SEED", 5),
         *("SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (4,), "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", ()),
-        *("INPUT.MIN_SIZE_TRAIN", (64,), *DN, *options),
+        *("INPUT.MIN_SIZE_TRAIN", (64,), *DN, *BEYOND, *options),
     )
 
 

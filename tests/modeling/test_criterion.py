@@ -19,10 +19,17 @@ def make_criterion():
     )
 
 
+def losses_of(predictions, targets, denoising=None, criterion=None):
+    """The losses of a batch that is on one process and in one part."""
+    num_denoising = 0 if denoising is None else denoising.num_valid
+    normalizers = SetCriterion.normalizers(sum(map(len, targets)), num_denoising, torch.device("cpu"))
+    return (criterion or make_criterion())(predictions, targets, denoising, normalizers)
+
+
 def test_matching_losses_equal_the_loop():
     predictions, targets = make_problem((3, 0, 5), layers=3)
     logits, boxes = predictions.logits, predictions.boxes
-    losses = make_criterion()(predictions, targets, denoising=None)
+    losses = losses_of(predictions, targets)
     matches = make_matcher()(predictions, targets)
     labels = torch.cat([target.labels for target in targets]).tolist()
     target_boxes = torch.cat([target.boxes for target in targets])
@@ -45,8 +52,8 @@ def test_denoising_losses_equal_the_loop():
     logits, boxes = predictions.logits, predictions.boxes
     valid = torch.tensor([[True] * 6, [True, False, False, True, False, False]])
     denoising = DenoisingTargets(torch.randint(4, (2, 6)), torch.rand(2, 6, 4) * 0.5 + 0.2, valid, num_valid=8)
-    losses = make_criterion()(predictions, targets, denoising)
-    only_matching = make_criterion()(predictions.of_queries(slice(4)), targets, denoising=None)
+    losses = losses_of(predictions, targets, denoising)
+    only_matching = losses_of(predictions.of_queries(slice(4)), targets)
     assert all(torch.equal(losses[name], value) for name, value in only_matching.items())
     for layer, suffix in enumerate(("_0", "")):
         expected = torch.zeros(3)
@@ -66,7 +73,7 @@ def test_denoising_gradients_equal_a_plain_formulation():
     boxes.requires_grad_()
     valid = torch.tensor([[True, True], [True, False]])
     denoising = DenoisingTargets(torch.randint(4, (2, 2)), torch.rand(2, 2, 4) * 0.5 + 0.2, valid, num_valid=3)
-    losses = make_criterion()(predictions, targets, denoising)
+    losses = losses_of(predictions, targets, denoising)
     sum(loss for name, loss in losses.items() if "_dn_" in name).backward()
     other_logits, other_boxes = logits.detach().clone().requires_grad_(), boxes.detach().clone().requires_grad_()
     total = 0.0
@@ -93,7 +100,7 @@ def test_without_boxes_every_loss_is_finite_and_reaches_every_prediction(with_de
     if with_denoising:
         empty = torch.zeros(2, 0)
         denoising = DenoisingTargets(empty.long(), torch.zeros(2, 0, 4), empty.bool(), num_valid=0)
-    losses = make_criterion()(predictions, targets, denoising)
+    losses = losses_of(predictions, targets, denoising)
     assert len(losses) == (12 if with_denoising else 6)
     sum(losses.values()).backward()
     assert logits.grad.isfinite().all() and logits.grad.abs().min() > 0
@@ -106,7 +113,7 @@ def test_gradients_equal_those_of_a_plain_formulation():
     logits, boxes = predictions.logits, predictions.boxes
     logits.requires_grad_()
     boxes.requires_grad_()
-    sum(make_criterion()(predictions, targets, denoising=None).values()).backward()
+    sum(losses_of(predictions, targets).values()).backward()
     other_logits, other_boxes = logits.detach().clone().requires_grad_(), boxes.detach().clone().requires_grad_()
     matches = make_matcher()(predictions, targets)
     labels = torch.cat([target.labels for target in targets])
@@ -134,8 +141,8 @@ def test_predictions_that_are_not_finite_raise_or_show_in_the_losses(value):
     predictions.boxes[1, 2, 4, 0] = value
     criterion = make_criterion()
     with pytest.raises(NonFinitePredictionError) as error:
-        criterion(predictions, targets, denoising=None)
+        losses_of(predictions, targets, criterion=criterion)
     assert error.value.image_index == 2
     criterion.raise_on_non_finite = False
     predictions.boxes[1] = value
-    assert not criterion(predictions, targets, denoising=None)["loss_l1"].isfinite()
+    assert not losses_of(predictions, targets, criterion=criterion)["loss_l1"].isfinite()

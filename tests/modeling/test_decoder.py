@@ -44,7 +44,7 @@ def test_query_self_attention_equals_the_loops():
 
 def test_each_layer_learns_from_its_own_box_loss_only():
     model = tiny_model().eval()
-    predictions, _ = model.decode(model.preprocess_images([make_input(64, 64)]).tensor, None, None)
+    predictions, _ = model.decode(model.encode(model.preprocess_images([make_input(64, 64)]).tensor, None))
     boxes = predictions.boxes
 
     def gradient(layer, parameter):
@@ -135,7 +135,7 @@ def test_coarse_levels_are_read_first():
     images = model.preprocess_images([make_input(64, 64)])
     features = model.backbone(images.tensor)
     levels = model.feature_projection([features[name] for name in model.in_features], images.image_sizes)
-    queries = model.query_generator(1)
+    queries = model.query_generator(levels)
     before = model.decoder(queries, levels).logits
     levels[0].features = levels[0].features + 1
     after = model.decoder(queries, levels).logits
@@ -148,8 +148,9 @@ def test_denoising_queries_do_not_disturb_the_matching_queries():
     inputs = [make_input(64, 64, [(5, 5, 30, 40), (20, 20, 60, 60)], [1, 3]), make_input(64, 64, [(1, 2, 9, 9)], [0])]
     images = model.preprocess_images(inputs)
     model.backbone.eval()  # batch statistics apart, training and evaluation are the same function
-    with_denoising, queries = model.decode(images.tensor, images.image_sizes, model.prepare_targets(inputs))
-    without, _ = model.decode(images.tensor, images.image_sizes, None)
+    levels = model.encode(images.tensor, images.image_sizes)
+    with_denoising, queries = model.decode(levels, model.prepare_targets(inputs))
+    without, _ = model.decode(levels)
     assert queries.content.shape[1] == 12 + 5 * 2
     found = with_denoising.of_queries(slice(12))
     assert torch.allclose(found.logits, without.logits, atol=1e-5)

@@ -52,9 +52,22 @@ def test_more_boxes_than_queries():
     assert sorted(matches.query[0].tolist()) == [0, 1, 2]
 
 
+def test_one_box_to_the_cheapest_candidates():
+    predictions, targets = make_problem((3, 0, 5), layers=1, queries=20)
+    matches = make_matcher().one_to_many(predictions, targets, number=4)
+    assert matches.image.tolist() == [0] * 12 + [2] * 20
+    assert matches.target[0].tolist() == [box for box in range(8) for _ in range(4)]
+    for box in range(8):
+        image, index = (0, box) if box < 3 else (2, box - 3)
+        cost = plain_cost(predictions.logits[0, image], predictions.boxes[0, image], targets[image])[:, index]
+        assert sorted(matches.query[0, 4 * box : 4 * box + 4].tolist()) == sorted(cost.argsort()[:4].tolist())
+
+
 def test_no_boxes_at_all():
     matches = make_matcher()(*make_problem((0, 0)))
     assert matches.image.shape == (0,) and matches.query.shape == matches.target.shape == (2, 0)
+    many = make_matcher().one_to_many(*make_problem((0, 0), layers=1), number=4)
+    assert many.image.shape == (0,) and many.query.shape == many.target.shape == (1, 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

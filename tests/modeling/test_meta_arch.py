@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import samdetr
-from helpers import DN, MULTI_SCALE, PLAIN, SMCA, load_config, make_input, tiny_config, tiny_model
+from helpers import BEYOND, DN, MULTI_SCALE, PLAIN, SMCA, load_config, make_input, tiny_config, tiny_model
 from oracles import plain_align, plain_attention
 from samdetr.errors import UserError
 from samdetr.modeling.build import build_detector
@@ -31,6 +31,8 @@ VARIANTS = {
     "detr": baseline("MultiHeadCrossAttention"),
     "conditional dn": [*baseline("ConditionalCrossAttention"), *DN],
     "deformable": [*baseline("DeformableCrossAttention"), *MULTI_SCALE],
+    "beyond": [*SMCA, *BEYOND],
+    "multi-scale smca dn beyond": [*SMCA, *DN, *MULTI_SCALE, *BEYOND],
     "shared keypoints": [*SMCA, "MODEL.SAMDETR.ALIGNER.NUM_KEYPOINTS", 2],
 }
 
@@ -49,6 +51,8 @@ def test_training_returns_weighted_losses_that_reach_every_parameter(options):
     expected = {f"{p}_{n}{s}" for p in ("loss", "loss_dn") for n in ("class", "l1", "giou") for s in ("", "_0", "_1")}
     if "DenoisingQueryGenerator" not in options:
         expected = {name for name in expected if "dn" not in name}
+    if "MODEL.SAMDETR.DENSE_HEAD.ENABLED" in options:
+        expected |= {f"loss_{part}_{n}" for part in ("proposal", "dense") for n in ("class", "l1", "giou")}
     assert set(losses) == expected
     sum(losses.values()).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -112,8 +116,7 @@ def test_detections_have_the_output_size_and_are_clipped():
 
 
 def transformer_outputs(model, features, image_sizes):
-    levels = model.feature_projection(features, image_sizes)
-    return model.decoder(model.query_generator(len(image_sizes)), model.encoder(levels))
+    return model.decode(model.encoder(model.feature_projection(features, image_sizes)))[0]
 
 
 @variants
@@ -140,7 +143,7 @@ sides = st.integers(33, 150)
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(sides, sides), min_size=2, max_size=3))
 def test_padding_is_invisible_for_any_sizes(sizes):
-    model = tiny_model(*SMCA, *MULTI_SCALE).eval()
+    model = tiny_model(*SMCA, *MULTI_SCALE, *BEYOND).eval()
     height, width = (math.ceil(max(side) / 32) * 32 for side in zip(*sizes))
     maps = [torch.randn(len(sizes), s.channels, height // s.stride, width // s.stride) for s in shapes_of(model)]
     together = transformer_outputs(model, maps, sizes)

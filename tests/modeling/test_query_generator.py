@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from samdetr.modeling.query_generator import DenoisingQueryGenerator, LearnedQueryGenerator, denoising_attention_mask
-from samdetr.modeling.structures import ImageTarget
+from samdetr.modeling.structures import FeatureLevel, ImageTarget
 
 
 def make_generator(**options):
@@ -20,6 +20,13 @@ def make_generator(**options):
     return DenoisingQueryGenerator(**{**defaults, **options})
 
 
+def make_levels(batch_size, dim=16):
+    """Encoded images, of which learned queries need only the number."""
+    return [
+        FeatureLevel(torch.randn(batch_size, 2, 3, dim), torch.zeros(1, 2, 3, dim), torch.full((batch_size, 2), 2.0))
+    ]
+
+
 def make_target(number, num_classes=10):
     boxes = torch.cat([torch.rand(number, 2) * 0.4 + 0.3, torch.rand(number, 2) * 0.2 + 0.1], dim=1)
     return ImageTarget(torch.randint(num_classes, (number,)), boxes)
@@ -27,7 +34,7 @@ def make_target(number, num_classes=10):
 
 def test_learned_queries():
     generator = LearnedQueryGenerator(num_queries=7, dim=8)
-    queries = generator(3, [make_target(2)] * 3)
+    queries = generator(make_levels(3), [make_target(2)] * 3)
     assert queries.content.shape == (3, 7, 8) and not queries.content.any()
     assert torch.equal(queries.reference_logits[2], generator.reference_logits)
     assert queries.attention_mask is None and queries.denoising is None
@@ -36,7 +43,7 @@ def test_learned_queries():
 def test_layout_and_targets_of_denoising_queries():
     generator = make_generator(num_groups=3)
     targets = [make_target(2), make_target(0), make_target(4)]
-    queries = generator(3, targets)
+    queries = generator(make_levels(3), targets)
     assert queries.content.shape == (3, 6 + 3 * 4, 16)
     denoising = queries.denoising
     assert denoising.num_valid == 3 * (2 + 0 + 4) == denoising.valid.sum()
@@ -53,8 +60,8 @@ def test_layout_and_targets_of_denoising_queries():
 
 def test_evaluation_has_no_denoising_but_the_same_matching_queries():
     generator = make_generator()
-    evaluation = generator(2)
-    training = generator(2, [make_target(2)] * 2)
+    evaluation = generator(make_levels(2))
+    training = generator(make_levels(2), [make_target(2)] * 2)
     assert evaluation.attention_mask is None and evaluation.denoising is None
     assert torch.equal(evaluation.content, training.content[:, :6])
     assert torch.equal(evaluation.reference_logits, training.reference_logits[:, :6])
@@ -80,7 +87,7 @@ def test_noise_is_uniform_within_its_bounds():
 
 
 def test_each_group_has_noise_of_its_own():
-    queries = make_generator(num_groups=2)(1, [make_target(3)])
+    queries = make_generator(num_groups=2)(make_levels(1), [make_target(3)])
     first, second = queries.reference_logits[0, 6:9], queries.reference_logits[0, 9:12]
     assert not torch.isclose(first, second).any()
 
@@ -91,7 +98,7 @@ def test_boxes_at_the_edge_stay_in_the_image_and_finite():
     clean, _ = generator.repeat_targets([target])
     _, boxes = generator.add_noise(clean)
     assert boxes.min() >= 0 and boxes.max() <= 1
-    logits = generator(1, [target]).reference_logits[:, 6:]
+    logits = generator(make_levels(1), [target]).reference_logits[:, 6:]
     assert logits.isfinite().all()
     assert logits.sigmoid().min() >= 1e-3 - 1e-6 and logits.sigmoid().max() <= 1 - 1e-3 + 1e-6
 
@@ -120,7 +127,7 @@ def test_number_of_queries_is_bounded(counts, groups, slots):
     assert num_groups == groups
     assert denoising.labels.shape == (len(counts), groups * slots)
     assert denoising.num_valid == groups * sum(min(count, 500) for count in counts)
-    queries = generator(len(counts), targets)
+    queries = generator(make_levels(len(counts)), targets)
     assert queries.content.shape[1] == 6 + groups * slots
 
 
@@ -135,6 +142,6 @@ def test_more_boxes_than_queries_are_chosen_at_random_without_repetition():
 
 def test_without_any_box_the_label_embedding_still_gets_a_gradient():
     generator = make_generator()
-    queries = generator(2, [make_target(0)] * 2)
+    queries = generator(make_levels(2), [make_target(0)] * 2)
     queries.content.sum().backward()
     assert generator.label_embedding.weight.grad is not None

@@ -63,7 +63,7 @@ class ImageModel(nn.Module):
         self.size = size
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        predictions, _ = self.model.decode(image, [self.size], None)
+        predictions, _ = self.model.decode(self.model.encode(image, [self.size]))
         return predictions.logits, predictions.boxes
 
 

@@ -54,7 +54,9 @@ def load_config(file: str | os.PathLike | None, options: Sequence[Any] = ()) -> 
         try:
             loaded = CfgNode(_reader(path).load_yaml_with_base(path))
         except RecursionError as error:
-            raise UserError(f"{path}: its _BASE_ leads back to itself: name another.", argument="config_file") from error
+            raise UserError(
+                f"{path}: its _BASE_ leads back to itself: name another.", argument="config_file"
+            ) from error
         except (TypeError, AttributeError) as error:  # PyYAML has read something that is no mapping
             message = f"{path}: it, or its _BASE_, is empty or no YAML of keys and values."
             raise UserError(message, argument="config_file") from error
@@ -205,6 +207,9 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.QUERY_GENERATOR = CfgNode()
     # A name in QUERY_GENERATOR_REGISTRY: LearnedQueryGenerator, or DenoisingQueryGenerator for DN (DN-DETR).
     node.QUERY_GENERATOR.NAME = "LearnedQueryGenerator"
+    # Whether the reference boxes are selected in each encoded image instead of learned (samdetr.modeling.pixel_head). Not the
+    # paper's.
+    node.QUERY_GENERATOR.SELECT_FROM_ENCODER = False
     # DN only. Groups of denoising queries, each with every box of the image; there are fewer if there are many boxes.
     node.QUERY_GENERATOR.DN_GROUPS = 5
     # DN only. Maximum number of denoising queries per image, which bounds the memory.
@@ -213,6 +218,15 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.QUERY_GENERATOR.DN_BOX_NOISE = 0.4
     # DN only. Probability that a denoising query's label is replaced by a random one.
     node.QUERY_GENERATOR.DN_LABEL_NOISE = 0.2
+
+    # A further head, in training only, in which each box teaches several pixels of the encoded image
+    # (samdetr.modeling.pixel_head). Not the paper's.
+    node.DENSE_HEAD = CfgNode()
+    node.DENSE_HEAD.ENABLED = False
+    node.DENSE_HEAD.PIXELS_PER_BOX = 4
+    # Selection and dense head only. Side of the box that each pixel of the finest level starts from, as a share of the image's
+    # sides; doubled by each further level.
+    node.ANCHOR_SIZE = 0.05
 
     node.DECODER = CfgNode()
     # Number of layers; they are spread evenly over the levels, the coarsest first.

@@ -41,7 +41,8 @@ class ExportableModel(nn.Module):
             (B, n) in (0, 1); classes (B, n) int64.
         """
         model = self.model
-        predictions, _ = model.decode((images - model.pixel_mean) / model.pixel_std, image_sizes=None, targets=None)
+        levels = model.encode((images - model.pixel_mean) / model.pixel_std, image_sizes=None)
+        predictions, _ = model.decode(levels)
         last = predictions.logits[-1], predictions.boxes[-1]
         scores, classes, corners, _ = best_pairs(*last, model.max_detections)
         return corners, scores, classes

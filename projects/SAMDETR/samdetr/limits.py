@@ -59,6 +59,8 @@ MODEL_RANGES = {
         "ENCODER.NUM_LAYERS": Range(0, 100),
         "ENCODER.FEEDFORWARD_DIM": Range(1, 65536),
         "ENCODER.NUM_POINTS": Range(1, 64),
+        "ANCHOR_SIZE": Range(0, 1, above=True),
+        "DENSE_HEAD.PIXELS_PER_BOX": Range(1, 10_000),
         "QUERY_GENERATOR.DN_GROUPS": Range(1, 10_000),
         "QUERY_GENERATOR.DN_MAX_QUERIES": Range(1, 100_000),
         "QUERY_GENERATOR.DN_BOX_NOISE": _SHARE,

@@ -11,7 +11,7 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy, generalized_iou
-from .matcher import HungarianMatcher
+from .matcher import HungarianMatcher, Matches
 from .structures import DenoisingTargets, ImageTarget, Predictions
 
 __all__ = ["NonFinitePredictionError", "SetCriterion"]
@@ -93,7 +93,7 @@ class SetCriterion:
         predictions: Predictions,
         targets: list[ImageTarget],
         denoising: DenoisingTargets | None,
-        normalizers: Tensor | None = None,
+        normalizers: Tensor,
     ) -> dict[str, Tensor]:
         """Compute the losses.
 
@@ -101,7 +101,7 @@ class SetCriterion:
             predictions: of all queries, the denoising queries last.
             targets: B targets.
             denoising: targets of the denoising queries, if there are any.
-            normalizers: see :meth:`normalizers`; by default those of these targets.
+            normalizers: see :meth:`normalizers`.
 
         Returns:
             Scalars, weighted: ``loss_class``, ``loss_l1`` and ``loss_giou`` of the last layer, the same with ``_0``,
@@ -114,10 +114,6 @@ class SetCriterion:
         """
         num_denoising = 0 if denoising is None else denoising.labels.shape[1]
         num_matching = predictions.logits.shape[2] - num_denoising
-        if normalizers is None:
-            num_boxes = sum(len(target) for target in targets)
-            num_valid = 0 if denoising is None else denoising.num_valid
-            normalizers = self.normalizers(num_boxes, num_valid, predictions.logits.device)
         matching = predictions.of_queries(slice(num_matching))
         losses = self.matching_losses(matching, targets, normalizers[0])
         if denoising is not None:
@@ -126,12 +122,25 @@ class SetCriterion:
         return losses
 
     def matching_losses(
-        self, predictions: Predictions, targets: list[ImageTarget], normalizer: Tensor
+        self, predictions: Predictions, targets: list[ImageTarget], normalizer: Tensor, prefix: str = "loss"
     ) -> dict[str, Tensor]:
-        """Return the losses of the matching queries."""
+        """Match predictions with the ground truth one to one, and return their losses.
+
+        Args:
+            predictions: of all matching queries, or of other candidates such as pixels.
+            targets: B targets.
+            normalizer: the number of boxes, see :meth:`normalizers`.
+            prefix: of the losses' names.
+        """
         matches = self.matcher(predictions, targets)
         if self.raise_on_non_finite and not all(matches.finite):
             raise NonFinitePredictionError(matches.finite.index(False))
+        return self.losses_of_matches(prefix, predictions, targets, matches, normalizer)
+
+    def losses_of_matches(
+        self, prefix: str, predictions: Predictions, targets: list[ImageTarget], matches: Matches, normalizer: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the losses of given matches; what is not matched is background. For the arguments see above."""
         logits = predictions.logits
         labels = torch.cat([target.labels for target in targets])[matches.target]  # (L, pairs)
         boxes = torch.cat([target.boxes for target in targets])[matches.target].float()  # (L, pairs, 4)
@@ -142,8 +151,9 @@ class SetCriterion:
         class_loss = self.focal_loss(logits, class_targets).sum((1, 2, 3))
         l1, giou = self.box_losses(matched_boxes, boxes)
         if has_event_storage() and giou.shape[1]:
-            get_event_storage().put_scalar("samdetr/matched_giou", 1 - giou[-1].detach().mean())
-        return self.weighted("loss", class_loss / normalizer, l1.sum(1) / normalizer, giou.sum(1) / normalizer)
+            name = prefix.replace("loss", "samdetr/matched_giou")
+            get_event_storage().put_scalar(name, 1 - giou[-1].detach().mean())
+        return self.weighted(prefix, class_loss / normalizer, l1.sum(1) / normalizer, giou.sum(1) / normalizer)
 
     def denoising_losses(
         self, predictions: Predictions, denoising: DenoisingTargets, normalizer: Tensor

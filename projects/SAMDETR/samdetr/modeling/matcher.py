@@ -1,7 +1,7 @@
-"""Bipartite matching between the queries' predictions and the ground truth (paper section 3.1, as in DETR).
+"""Matching between predictions and the ground truth: one to one (paper section 3.1, as in DETR), or one box to many.
 
 Shapes: L decoder layers, B images, Q queries, K classes, T boxes of all images together; every layer has the same number of
-matched pairs, the sum over images of min(Q, number of boxes).
+matched pairs, one to one the sum over images of min(Q, number of boxes).
 """
 
 from dataclasses import dataclass
@@ -100,6 +100,28 @@ class HungarianMatcher:
             query=torch.tensor(queries, dtype=torch.long, device=device),
             target=torch.tensor(matched, dtype=torch.long, device=device),
             finite=finite,
+        )
+
+    @torch.no_grad()
+    def one_to_many(self, predictions: Predictions, targets: list[ImageTarget], number: int) -> Matches:
+        """Match every box with the ``number`` candidates of its image at the smallest cost; boxes may share candidates.
+
+        Args:
+            predictions: of one layer, L = 1, with at least ``number`` candidates in place of queries.
+            targets: B targets.
+            number: of candidates per box.
+
+        Returns:
+            The pairs, box by box; ``finite`` is not looked at.
+        """
+        device = predictions.logits.device
+        candidates = self.costs(predictions, targets)[:, 0].topk(number, largest=False).indices  # (T, number)
+        images = [i for i, target in enumerate(targets) for _ in range(len(target))]
+        return Matches(
+            image=torch.tensor(images, dtype=torch.long, device=device).repeat_interleave(number),
+            query=candidates.flatten()[None],
+            target=torch.arange(len(images), device=device).repeat_interleave(number)[None],
+            finite=[True] * len(targets),
         )
 
     def costs(self, predictions: Predictions, targets: list[ImageTarget]) -> Tensor:

@@ -17,9 +17,10 @@ from .criterion import NonFinitePredictionError, SetCriterion
 from .decoder import Decoder
 from .encoder import build_encoder
 from .feature_projection import FeatureProjection
+from .pixel_head import DenseHead
 from .postprocessing import select_detections
 from .query_generator import build_query_generator
-from .structures import ImageTarget, Predictions, QueryBatch
+from .structures import FeatureLevel, ImageTarget, Predictions, QueryBatch
 
 __all__ = ["SAMDETR"]
 
@@ -43,6 +44,7 @@ class SAMDETR(nn.Module):
         max_detections: int,
         pixel_mean: list[float],
         pixel_std: list[float],
+        dense_head: DenseHead | None = None,
     ):
         """
         Args:
@@ -56,6 +58,7 @@ class SAMDETR(nn.Module):
             num_classes: number of classes K; labels in training are in [0, K).
             max_detections: how many detections to return per image.
             pixel_mean, pixel_std: of each channel, in the units of the images (0 to 255).
+            dense_head: a further head that is used in training only.
         """
         super().__init__()
         self.backbone = optimize_backbone(backbone)
@@ -65,6 +68,7 @@ class SAMDETR(nn.Module):
         self.query_generator = query_generator
         self.decoder = decoder
         self.criterion = criterion
+        self.dense_head = dense_head
         self.num_classes = num_classes
         self.max_detections = max_detections
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
@@ -102,6 +106,7 @@ class SAMDETR(nn.Module):
             "query_generator": build_query_generator(cfg),
             "decoder": Decoder(cfg),
             "criterion": SetCriterion(cfg),
+            "dense_head": DenseHead(cfg) if node.DENSE_HEAD.ENABLED else None,
             "num_classes": node.NUM_CLASSES,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -132,15 +137,25 @@ class SAMDETR(nn.Module):
                 ``SOLVER.NON_FINITE "stop"``); names the image.
         """
         images = self.preprocess_images(batched_inputs)
+        levels = self.encode(images.tensor, images.image_sizes)
         if not self.training:
-            predictions, _ = self.decode(images.tensor, images.image_sizes, targets=None)
+            predictions, _ = self.decode(levels)
             last = predictions.logits[-1], predictions.boxes[-1]
             detections = select_detections(*last, images.image_sizes, self.max_detections)
             return [{"instances": _in_output_pixels(*pair)} for pair in zip(detections, batched_inputs)]
         targets = self.prepare_targets(batched_inputs)
-        predictions, queries = self.decode(images.tensor, images.image_sizes, targets)
+        predictions, queries = self.decode(levels, targets)
+        if normalizers is None:
+            normalizers = self._normalizers([targets])
         try:
-            return self.criterion(predictions, targets, queries.denoising, normalizers)
+            losses = self.criterion(predictions, targets, queries.denoising, normalizers)
+            if queries.proposals is not None:
+                losses |= self.criterion.matching_losses(
+                    queries.proposals, targets, normalizers[0], prefix="loss_proposal"
+                )
+            if self.dense_head is not None:
+                losses |= self.dense_head.losses(levels, targets, self.criterion, normalizers[0])
+            return losses
         except NonFinitePredictionError as error:
             raise UserError(
                 f"The model's predictions for {name_of(batched_inputs[error.image_index])} are not finite. A smaller "
@@ -157,9 +172,11 @@ class SAMDETR(nn.Module):
         Returns:
             See :meth:`samdetr.modeling.criterion.SetCriterion.normalizers`.
         """
-        targets = [self.prepare_targets(part) for part in parts]
-        num_boxes = sum(len(target) for part in targets for target in part)
-        num_denoising = sum(self.query_generator.num_denoising(part) for part in targets)
+        return self._normalizers([self.prepare_targets(part) for part in parts])
+
+    def _normalizers(self, parts: list[list[ImageTarget]]) -> Tensor:
+        num_boxes = sum(len(target) for part in parts for target in part)
+        num_denoising = sum(self.query_generator.num_denoising(part) for part in parts)
         return self.criterion.normalizers(num_boxes, num_denoising, self.device)
 
     @torch.no_grad()
@@ -173,7 +190,7 @@ class SAMDETR(nn.Module):
             ``pred_logits`` (L, B, Q, K) and ``pred_boxes`` (L, B, Q, 4), normalised (cx, cy, w, h).
         """
         images = self.preprocess_images(batched_inputs)
-        predictions, _ = self.decode(images.tensor, images.image_sizes, targets=None)
+        predictions, _ = self.decode(self.encode(images.tensor, images.image_sizes))
         return {"pred_logits": predictions.logits, "pred_boxes": predictions.boxes}
 
     def preprocess_images(self, batched_inputs: list[dict]) -> ImageList:
@@ -220,23 +237,33 @@ class SAMDETR(nn.Module):
                     f"MODEL.SAMDETR.NUM_CLASSES is {self.num_classes}: set it to the dataset's number of classes."
                 )
 
-    def decode(
-        self, images: Tensor, image_sizes: list[tuple[int, int]] | None, targets: list[ImageTarget] | None
-    ) -> tuple[Predictions, QueryBatch]:
-        """Run the network.
+    def encode(self, images: Tensor, image_sizes: list[tuple[int, int]] | None) -> list[FeatureLevel]:
+        """Turn images into the encoded levels.
 
         Args:
             images: (B, 3, H, W), normalised and padded.
             image_sizes: height and width of each image, without padding; None if nothing is padded.
+
+        Returns:
+            The levels, from the finest to the coarsest.
+        """
+        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        levels = self.feature_projection([features[name] for name in self.in_features], image_sizes)
+        return self.encoder(levels)
+
+    def decode(
+        self, levels: list[FeatureLevel], targets: list[ImageTarget] | None = None
+    ) -> tuple[Predictions, QueryBatch]:
+        """Predict from the encoded levels.
+
+        Args:
+            levels: of :meth:`encode`.
             targets: B targets in training, else None.
 
         Returns:
             The decoder's predictions, and the queries that it was given.
         """
-        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
-        levels = self.feature_projection([features[name] for name in self.in_features], image_sizes)
-        levels = self.encoder(levels)
-        queries = self.query_generator(images.shape[0], targets)
+        queries = self.query_generator(levels, targets)
         return self.decoder(queries, levels), queries
 
 

@@ -1,4 +1,4 @@
-"""Make the decoder's queries: learned queries and, for DN in training, denoising queries.
+"""Make the decoder's queries: learned or selected reference boxes and, for DN in training, denoising queries.
 
 Shapes: B images, Q matching queries, C model width, K classes; G groups of n slots make Q_dn = G * n denoising queries.
 """
@@ -8,7 +8,8 @@ from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from .structures import DenoisingTargets, ImageTarget, QueryBatch
+from .pixel_head import EncoderSelection
+from .structures import DenoisingTargets, FeatureLevel, ImageTarget, QueryBatch
 
 __all__ = [
     "QUERY_GENERATOR_REGISTRY",
@@ -22,10 +23,10 @@ QUERY_GENERATOR_REGISTRY = Registry("QUERY_GENERATOR")
 QUERY_GENERATOR_REGISTRY.__doc__ = """
 Registry of query generators, chosen by ``cfg.MODEL.SAMDETR.QUERY_GENERATOR.NAME``.
 
-A registered class is called as ``Generator(cfg)``. The resulting module is called with the batch size B and, in training,
-a list of B :class:`ImageTarget` (else None), and returns a :class:`QueryBatch`. In evaluation it must return the same
-queries for every image. Its method ``num_denoising(targets)`` returns how many denoising queries, without padding, it makes
-for such a list (0 if it makes none).
+A registered class is called as ``Generator(cfg)``. The resulting module is called with the encoded image, a list of
+:class:`FeatureLevel` from the finest to the coarsest level, and, in training, a list of B :class:`ImageTarget` (else None).
+It returns a :class:`QueryBatch`, whose matching queries must not depend on padded pixels. Its method
+``num_denoising(targets)`` returns how many denoising queries, without padding, it makes for such a list (0 if it makes none).
 """
 
 
@@ -36,31 +37,48 @@ def build_query_generator(cfg) -> nn.Module:
 
 @QUERY_GENERATOR_REGISTRY.register()
 class LearnedQueryGenerator(nn.Module):
-    """A fixed number of queries with learned reference boxes and contents that start at zero."""
+    """A fixed number of queries, with contents that start at zero and reference boxes that are learned or selected."""
 
     @configurable
-    def __init__(self, *, num_queries: int, dim: int):
+    def __init__(self, *, num_queries: int, dim: int, selection: EncoderSelection | None = None):
         """
         Args:
             num_queries: number of queries Q.
             dim: model width C.
+            selection: selects the reference boxes in each image; without it they are learned, the same for all images.
         """
         super().__init__()
+        self.num_queries = num_queries
         self.dim = dim
-        self.reference_logits = nn.Parameter(torch.randn(num_queries, 4))
+        self.selection = selection
+        self.reference_logits = nn.Parameter(torch.randn(num_queries, 4)) if selection is None else None
 
     @classmethod
     def from_config(cls, cfg):
-        return {"num_queries": cfg.MODEL.SAMDETR.NUM_QUERIES, "dim": cfg.MODEL.SAMDETR.HIDDEN_DIM}
+        node = cfg.MODEL.SAMDETR
+        return {
+            "num_queries": node.NUM_QUERIES,
+            "dim": node.HIDDEN_DIM,
+            "selection": EncoderSelection(cfg) if node.QUERY_GENERATOR.SELECT_FROM_ENCODER else None,
+        }
 
     def num_denoising(self, targets: list[ImageTarget]) -> int:
         """Return 0: there are no denoising queries."""
         return 0
 
-    def forward(self, batch_size: int, targets: list[ImageTarget] | None = None) -> QueryBatch:
+    def forward(self, levels: list[FeatureLevel], targets: list[ImageTarget] | None = None) -> QueryBatch:
         """Make the queries; see :data:`QUERY_GENERATOR_REGISTRY`."""
-        content: Tensor = self.reference_logits.new_zeros(batch_size, len(self.reference_logits), self.dim)
-        return QueryBatch(content, self.reference_logits.expand(batch_size, -1, -1))
+        batch_size = levels[0].features.shape[0]
+        content = self.content.expand(batch_size, -1, -1)
+        if self.selection is None:
+            return QueryBatch(content, self.reference_logits.expand(batch_size, -1, -1))
+        reference_logits, predictions = self.selection.select(levels, self.num_queries)
+        return QueryBatch(content, reference_logits, proposals=predictions)
+
+    @property
+    def content(self) -> Tensor:
+        """The contents of the matching queries, (Q, C)."""
+        return next(self.parameters()).new_zeros(self.num_queries, self.dim)
 
 
 def denoising_attention_mask(num_matching: int, num_groups: int, valid: Tensor) -> Tensor:
@@ -105,17 +123,18 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
         max_denoising_queries: int,
         box_noise: float,
         label_noise: float,
+        selection: EncoderSelection | None = None,
     ):
         """
         Args:
-            num_queries, dim: see :class:`LearnedQueryGenerator`.
+            num_queries, dim, selection: see :class:`LearnedQueryGenerator`.
             num_classes: number of classes K.
             num_groups: maximum number of groups; there are fewer if an image has many boxes.
             max_denoising_queries: maximum number of denoising queries per image.
             box_noise: centres move by up to this share of half the size, and sizes change by up to this share.
             label_noise: probability that a label is replaced by one drawn uniformly.
         """
-        super().__init__(num_queries=num_queries, dim=dim)
+        super().__init__(num_queries=num_queries, dim=dim, selection=selection)
         self.num_classes = num_classes
         self.num_groups = num_groups
         self.max_denoising_queries = max_denoising_queries
@@ -135,23 +154,27 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
             "label_noise": node.QUERY_GENERATOR.DN_LABEL_NOISE,
         }
 
-    def forward(self, batch_size: int, targets: list[ImageTarget] | None = None) -> QueryBatch:
+    def forward(self, levels: list[FeatureLevel], targets: list[ImageTarget] | None = None) -> QueryBatch:
         """Make the queries; see :data:`QUERY_GENERATOR_REGISTRY`."""
-        num_matching = len(self.reference_logits)
-        unknown = self.label_embedding.weight[-1:].expand(num_matching, -1)
-        content = nn.functional.pad(unknown, (0, 1)).expand(batch_size, -1, -1)
-        queries = QueryBatch(content, self.reference_logits.expand(batch_size, -1, -1))
+        queries = super().forward(levels)
         if targets is None:
             return queries
         clean, num_groups = self.repeat_targets(targets)
         labels, boxes = self.add_noise(clean)
         noisy_content = nn.functional.pad(self.label_embedding(labels), (0, 1), value=1.0)
+        noisy_logits = boxes.clamp(1e-3, 1 - 1e-3).logit()
         return QueryBatch(
-            content=torch.cat([content, noisy_content], dim=1),
-            reference_logits=torch.cat([queries.reference_logits, boxes.clamp(1e-3, 1 - 1e-3).logit()], dim=1),
-            attention_mask=denoising_attention_mask(num_matching, num_groups, clean.valid),
+            content=torch.cat([queries.content, noisy_content], dim=1),
+            reference_logits=torch.cat([queries.reference_logits, noisy_logits], dim=1),
+            attention_mask=denoising_attention_mask(self.num_queries, num_groups, clean.valid),
             denoising=clean,
+            proposals=queries.proposals,
         )
+
+    @property
+    def content(self) -> Tensor:
+        unknown = self.label_embedding.weight[-1:].expand(self.num_queries, -1)
+        return nn.functional.pad(unknown, (0, 1))
 
     def layout(self, targets: list[ImageTarget]) -> tuple[int, int]:
         """Return the number of slots per group n, and the number of groups G."""

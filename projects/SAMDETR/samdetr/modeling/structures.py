@@ -83,12 +83,15 @@ class QueryBatch:
         attention_mask: bool, broadcastable to (B, M, Q, Q), True where query i may attend to query j in
             self-attention; None if every query may attend to every other.
         denoising: targets of the last queries; None if there are no denoising queries.
+        proposals: what the reference boxes were selected from, to be matched and to learn like the predictions of one more
+            decoder layer, with each of N pixels in place of a query; None if nothing was selected, or outside training.
     """
 
     content: Tensor
     reference_logits: Tensor
     attention_mask: Tensor | None = None
     denoising: DenoisingTargets | None = None
+    proposals: "Predictions | None" = None
 
 
 @dataclass

@@ -1,0 +1,154 @@
+"""Predictions at every pixel of the encoded image: to select the queries' reference boxes, and to teach backbone and encoder.
+
+Neither is the paper's. Selection is the first stage of two-stage Deformable DETR (https://arxiv.org/abs/2010.04159, appendix
+A.4): the pixels' predictions are matched with the ground truth one to one, and learn from the same losses as one more decoder
+layer. The dense head exists in training only; there, each box teaches several pixels (as in Co-DETR,
+https://arxiv.org/abs/2211.12860, with a simpler head).
+
+Shapes: B images, Q queries, C model width, K classes, N pixels of all levels together.
+"""
+
+import math
+
+import torch
+from detectron2.config import configurable
+from torch import Tensor, nn
+
+from .criterion import SetCriterion
+from .layers import MLP
+from .levels import flatten_levels, pixel_points
+from .structures import FeatureLevel, ImageTarget, Predictions
+
+__all__ = ["DenseHead", "EncoderSelection", "PixelHead"]
+
+_LOWEST_LOGIT = -1e4  # of pixels that are no candidates: a score of 0 and, unlike infinity, no NaN in a loss
+_SMALLEST, _LARGEST = 1e-3, 1 - 1e-3  # of a normalised coordinate whose logit is taken
+
+
+class PixelHead(nn.Module):
+    """Predict a class and a box at every pixel of every level."""
+
+    @configurable
+    def __init__(self, *, dim: int, num_classes: int, prior_prob: float, anchor_size: float):
+        """
+        Args:
+            dim: model width C.
+            num_classes: number of classes K.
+            prior_prob: the score that every class starts with.
+            anchor_size: side of the box that each pixel of the finest level starts from, as a share of the image's sides;
+                doubled by each further level.
+        """
+        super().__init__()
+        self.anchor_size = anchor_size
+        self.projection = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.class_head = nn.Linear(dim, num_classes)
+        self.box_head = MLP([dim, dim, dim, 4])
+        nn.init.xavier_uniform_(self.projection.weight)
+        nn.init.constant_(self.class_head.bias, -math.log((1 - prior_prob) / prior_prob))
+        nn.init.zeros_(self.box_head.layers[-1].weight)
+        nn.init.zeros_(self.box_head.layers[-1].bias)
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.SAMDETR
+        return {
+            "dim": node.HIDDEN_DIM,
+            "num_classes": node.NUM_CLASSES,
+            "prior_prob": node.PRIOR_PROB,
+            "anchor_size": node.ANCHOR_SIZE,
+        }
+
+    def classify(self, levels: list[FeatureLevel]) -> tuple[Tensor, Tensor]:
+        """Return the pixels' features (B, N, C) and class logits (B, N, K), float32, lowest at padded pixels."""
+        memory, _, padding_mask = flatten_levels(levels)
+        features = self.norm(self.projection(memory))
+        logits = self.class_head(features).float()
+        if padding_mask is not None:
+            logits = logits.masked_fill(padding_mask[..., None], _LOWEST_LOGIT)
+        return features, logits
+
+    def box_logits(self, features: Tensor, anchors: Tensor) -> Tensor:
+        """Return the logits of boxes, (B, n, 4) float32, from features (B, n, C) and anchors (B, n, 4)."""
+        return anchors.clamp(_SMALLEST, _LARGEST).logit() + self.box_head(features).float()
+
+    def anchors(self, levels: list[FeatureLevel]) -> Tensor:
+        """Return the box that each pixel starts from, (B, N, 4): its own centre, and its level's size."""
+        centres = pixel_points(levels)
+        sizes = [self.anchor_size * 2**index for index in range(len(levels))]
+        counts = torch.tensor([level.size[0] * level.size[1] for level in levels])
+        size = torch.tensor(sizes).repeat_interleave(counts).to(centres)
+        return torch.cat([centres, size[:, None].expand_as(centres)], dim=-1)
+
+    def forward(self, levels: list[FeatureLevel]) -> Predictions:
+        """Predict at every pixel, as one decoder layer does for its queries: (1, B, N, K) and (1, B, N, 4)."""
+        features, logits = self.classify(levels)
+        boxes = self.box_logits(features, self.anchors(levels)).sigmoid()
+        return Predictions(logits[None], boxes[None])
+
+
+class EncoderSelection(PixelHead):
+    """Select the boxes of the pixels with the best scores as reference boxes."""
+
+    def select(self, levels: list[FeatureLevel], num_queries: int) -> tuple[Tensor, Predictions | None]:
+        """Select reference boxes.
+
+        Args:
+            levels: the encoded image, from the finest to the coarsest level.
+            num_queries: how many boxes to select, Q. Where an image has fewer pixels, the others cover the whole image.
+
+        Returns:
+            The logits of the selected boxes, (B, Q, 4) float32 without gradient, best first; and, in training, the
+            predictions of all pixels, see :meth:`forward`.
+        """
+        features, logits = self.classify(levels)
+        # As many further candidates as queries, so that there are always enough.
+        scores = nn.functional.pad(logits.detach().amax(-1), (0, num_queries), value=_LOWEST_LOGIT)
+        scores, selected = scores.topk(num_queries, dim=1)
+        selected = selected.clamp(max=logits.shape[1] - 1)[..., None]
+        anchors = self.anchors(levels)
+        if self.training:
+            all_boxes = self.box_logits(features, anchors)
+            predictions = Predictions(logits[None], all_boxes.sigmoid()[None])
+            boxes = all_boxes.detach().gather(1, selected.expand(-1, -1, 4))
+        else:
+            predictions = None
+            features = features.gather(1, selected.expand(-1, -1, features.shape[-1]))
+            boxes = self.box_logits(features, anchors.gather(1, selected.expand(-1, -1, 4)))
+        whole_image = boxes.new_tensor([0.5, 0.5, _LARGEST, _LARGEST]).logit()
+        is_pixel = scores[..., None] > _LOWEST_LOGIT
+        return torch.where(is_pixel, boxes, whole_image).detach(), predictions
+
+
+class DenseHead(PixelHead):
+    """Teach backbone and encoder, in training only: each box is the target of the several pixels that fit it best."""
+
+    @configurable
+    def __init__(self, *, pixels_per_box: int, **options):
+        """
+        Args:
+            pixels_per_box: how many pixels each box teaches.
+            options: see :class:`PixelHead`.
+        """
+        super().__init__(**options)
+        self.pixels_per_box = pixels_per_box
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {**super().from_config(cfg), "pixels_per_box": cfg.MODEL.SAMDETR.DENSE_HEAD.PIXELS_PER_BOX}
+
+    def losses(
+        self, levels: list[FeatureLevel], targets: list[ImageTarget], criterion: SetCriterion, normalizer: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the losses ``loss_dense_class``, ``loss_dense_l1`` and ``loss_dense_giou``.
+
+        Args:
+            levels: the encoded image, from the finest to the coarsest level.
+            targets: B targets.
+            criterion: computes the losses.
+            normalizer: the number of boxes, see :meth:`samdetr.modeling.criterion.SetCriterion.normalizers`.
+        """
+        predictions = self(levels)
+        number = min(self.pixels_per_box, predictions.logits.shape[2])
+        matches = criterion.matcher.one_to_many(predictions, targets, number)
+        return criterion.losses_of_matches("loss_dense", predictions, targets, matches, normalizer * number)
