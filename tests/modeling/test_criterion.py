@@ -66,6 +66,28 @@ def test_denoising_losses_equal_the_loop():
         assert torch.allclose(found, expected / 8, rtol=1e-4)
 
 
+def test_negatives_teach_background_only():
+    predictions, targets = make_problem((2, 1), layers=2, queries=4 + 4)
+    valid = torch.tensor([[True] * 4, [True, False, True, False]])
+    negative = torch.tensor([False, False, True, True])
+    boxes = torch.rand(2, 4, 4) * 0.5 + 0.2
+    denoising = DenoisingTargets(torch.randint(4, (2, 4)), boxes, valid, num_valid=3, negative=negative)
+    losses = losses_of(predictions, targets, denoising)
+    for layer, suffix in enumerate(("_0", "")):
+        expected = torch.zeros(3)
+        for image in range(2):
+            real = [d for d in range(4) if valid[image, d]]
+            pairs = {
+                i: (denoising.labels[image, d].item(), boxes[image, d]) for i, d in enumerate(real) if not negative[d]
+            }
+            queries = [4 + d for d in real]
+            expected += plain_losses(
+                predictions.logits[layer, image, queries], predictions.boxes[layer, image, queries], pairs
+            )
+        found = torch.stack([losses[f"loss_dn_{name}{suffix}"] for name in ("class", "l1", "giou")])
+        assert torch.allclose(found, expected / 3, rtol=1e-4)
+
+
 def test_denoising_gradients_equal_a_plain_formulation():
     predictions, targets = make_problem((1, 1), layers=1, queries=3 + 2)
     logits, boxes = predictions.logits, predictions.boxes

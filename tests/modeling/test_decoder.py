@@ -58,6 +58,20 @@ def test_each_layer_learns_from_its_own_box_loss_only():
     assert gradient(0, model.query_generator.reference_logits).abs().min() > 0
 
 
+def test_looking_forward_twice_gives_the_same_boxes_and_a_gradient_from_the_next_layer():
+    once = tiny_model().eval()
+    twice = tiny_model("MODEL.SAMDETR.DECODER.LOOK_FORWARD_TWICE", True).eval()
+    twice.load_state_dict(once.state_dict())
+    inputs = [make_input(64, 64)]
+    assert torch.equal(once.predict(inputs)["pred_boxes"], twice.predict(inputs)["pred_boxes"])
+    predictions, _ = twice.decode(twice.encode(twice.preprocess_images(inputs).tensor, None))
+    heads = [head.layers[-1].weight for head in twice.decoder.box_heads]
+    for predicted in range(3):
+        gradients = torch.autograd.grad(predictions.boxes[predicted].sum(), heads, retain_graph=True, allow_unused=True)
+        reached = [gradient is not None and bool(gradient.any()) for gradient in gradients]
+        assert reached == [head in (predicted, predicted - 1) for head in range(3)]
+
+
 def test_without_refinement_every_layer_starts_from_the_querys_own_box():
     model = tiny_model("MODEL.SAMDETR.DECODER.BOX_REFINEMENT", False).eval()
     seen = []

@@ -92,6 +92,31 @@ def test_each_group_has_noise_of_its_own():
     assert not torch.isclose(first, second).any()
 
 
+def test_negatives_have_more_noise_and_are_background():
+    """Each group holds every box twice; the second time it has one to two times the noise."""
+    generator = make_generator(num_groups=2, with_negatives=True, num_queries=3)
+    targets = [make_target(4), make_target(2)]
+    queries = generator(make_levels(2), targets)
+    clean, num_groups = generator.repeat_targets(targets)
+    assert num_groups == 2 and queries.content.shape[1] == 3 + 2 * 2 * 4
+    assert clean.negative.tolist() == ([False] * 4 + [True] * 4) * 2
+    assert clean.num_valid == 2 * (4 + 2) == clean.valid[:, ~clean.negative].sum()
+    _, boxes = generator.add_noise(clean)
+    size = clean.boxes[..., 2:]
+    share = ((boxes - clean.boxes) / torch.cat([size / 2, size], dim=-1) / 0.4).abs()[clean.valid]
+    negative = clean.negative.expand_as(clean.valid)[clean.valid]
+    assert share[~negative].max() <= 1 + 1e-4
+    assert share[negative].min() >= 1 - 1e-4 and 1.5 < share[negative].max() <= 2 + 1e-4
+    # A denoising query sees the matching queries and its whole group, negatives included.
+    sees = queries.attention_mask[0, 0, 3 + 1].tolist()
+    assert sees == [True] * 3 + [True] * 8 + [False] * 8
+
+
+def test_negatives_count_among_the_most_denoising_queries():
+    generator = make_generator(num_groups=5, max_denoising_queries=12, with_negatives=True, num_queries=3)
+    assert generator(make_levels(1), [make_target(3)]).content.shape[1] == 3 + 2 * 2 * 3  # two groups instead of five
+
+
 def test_boxes_at_the_edge_stay_in_the_image_and_finite():
     target = ImageTarget(torch.tensor([0, 1]), torch.tensor([[0.0, 1.0, 0.9, 1.0], [0.999, 0.5, 1e-7, 1e-7]]))
     generator = make_generator()

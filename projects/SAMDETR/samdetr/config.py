@@ -218,6 +218,9 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.QUERY_GENERATOR.DN_BOX_NOISE = 0.4
     # DN only. Probability that a denoising query's label is replaced by a random one.
     node.QUERY_GENERATOR.DN_LABEL_NOISE = 0.2
+    # DN only. Whether each group has a second query of every box, with one to two times the noise, that is background
+    # (contrastive DN of DINO). Not the paper's.
+    node.QUERY_GENERATOR.DN_NEGATIVES = False
 
     # A further head, in training only, in which each box teaches several pixels of the encoded image
     # (samdetr.modeling.pixel_head). Not the paper's.
@@ -235,6 +238,8 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # Whether each layer's box is the next layer's reference box, as published. Otherwise every layer starts from the query's
     # own reference box (for baselines).
     node.DECODER.BOX_REFINEMENT = True
+    # Whether a layer learns from the next one's box as well (DINO). Not the paper's.
+    node.DECODER.LOOK_FORWARD_TWICE = False
 
     node.ALIGNER = CfgNode()
     # A name in SEMANTICS_ALIGNER_REGISTRY: SemanticsAligner, or IdentityAligner for baselines without it.

@@ -162,9 +162,13 @@ class SetCriterion:
         logits = predictions.logits
         valid = denoising.valid.to(logits.dtype)  # (B, Q_dn)
         class_targets = torch.nn.functional.one_hot(denoising.labels, logits.shape[-1])
-        class_targets = class_targets.to(logits.dtype).expand_as(logits)
-        class_loss = (self.focal_loss(logits, class_targets).sum(-1) * valid).sum((1, 2))
-        l1, giou = (loss * valid for loss in self.box_losses(predictions.boxes, denoising.boxes.float()))
+        class_targets = class_targets.to(logits.dtype)
+        is_object = valid
+        if denoising.negative is not None:
+            class_targets = class_targets.masked_fill(denoising.negative[:, None], 0)
+            is_object = valid.masked_fill(denoising.negative, 0)
+        class_loss = (self.focal_loss(logits, class_targets.expand_as(logits)).sum(-1) * valid).sum((1, 2))
+        l1, giou = (loss * is_object for loss in self.box_losses(predictions.boxes, denoising.boxes.float()))
         return self.weighted(
             "loss_dn", class_loss / normalizer, l1.sum((1, 2)) / normalizer, giou.sum((1, 2)) / normalizer
         )

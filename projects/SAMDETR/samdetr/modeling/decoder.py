@@ -127,6 +127,7 @@ class Decoder(nn.Module):
         num_classes: int,
         prior_prob: float,
         refine_boxes: bool = True,
+        look_forward_twice: bool = False,
         recompute: bool = False,
     ):
         """
@@ -137,10 +138,13 @@ class Decoder(nn.Module):
             prior_prob: the score that every class starts with.
             refine_boxes: whether each layer's box is the next one's reference box; otherwise all layers start from the
                 queries' own reference boxes.
+            look_forward_twice: whether a layer learns from the next one's box as well (DINO,
+                https://arxiv.org/abs/2203.03605); otherwise each layer learns from its own loss only, as published.
             recompute: whether to recompute each layer's activations in the backward pass instead of keeping them.
         """
         super().__init__()
         self.refine_boxes = refine_boxes
+        self.look_forward_twice = look_forward_twice
         self.recompute = recompute
         self.layers = nn.ModuleList(layers)
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in layers)
@@ -174,6 +178,7 @@ class Decoder(nn.Module):
             "num_classes": node.NUM_CLASSES,
             "prior_prob": node.PRIOR_PROB,
             "refine_boxes": node.DECODER.BOX_REFINEMENT,
+            "look_forward_twice": node.DECODER.LOOK_FORWARD_TWICE,
             "recompute": node.ACTIVATION_CHECKPOINTING,
         }
 
@@ -188,15 +193,18 @@ class Decoder(nn.Module):
             The predictions of all layers.
         """
         content, reference_logits = queries.content, queries.reference_logits.float()
+        start = reference_logits  # of the same value, and with the gradient that the layer's box passes on
         all_logits, all_boxes = [], []
         for i, level in enumerate(level_of_layer(len(self.layers), len(levels))):
             content = run_layer(
                 *(self.layers[i], content, reference_logits.sigmoid(), levels, level, queries.attention_mask),
                 recompute=self.recompute,
             )
-            box_logits = reference_logits + self.box_heads[i](content).float()
+            delta = self.box_heads[i](content).float()
             all_logits.append(self.class_heads[i](content).float())
-            all_boxes.append(box_logits.sigmoid())
+            all_boxes.append((start + delta).sigmoid())
             if self.refine_boxes:
-                reference_logits = box_logits.detach()  # each layer learns from its own loss only
+                box_logits = reference_logits + delta
+                reference_logits = box_logits.detach()
+                start = box_logits if self.look_forward_twice else reference_logits
         return Predictions(torch.stack(all_logits), torch.stack(all_boxes))

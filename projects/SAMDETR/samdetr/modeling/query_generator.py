@@ -1,6 +1,7 @@
 """Make the decoder's queries: learned or selected reference boxes and, for DN in training, denoising queries.
 
-Shapes: B images, Q matching queries, C model width, K classes; G groups of n slots make Q_dn = G * n denoising queries.
+Shapes: B images, Q matching queries, C model width, K classes; G groups of n slots make Q_dn = G * n denoising queries, twice as
+many with negatives.
 """
 
 import torch
@@ -123,6 +124,7 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
         max_denoising_queries: int,
         box_noise: float,
         label_noise: float,
+        with_negatives: bool = False,
         selection: EncoderSelection | None = None,
     ):
         """
@@ -133,6 +135,8 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
             max_denoising_queries: maximum number of denoising queries per image.
             box_noise: centres move by up to this share of half the size, and sizes change by up to this share.
             label_noise: probability that a label is replaced by one drawn uniformly.
+            with_negatives: whether each group has a second query of every box, with one to two times the noise of boxes, that
+                is background (contrastive DN, DINO, https://arxiv.org/abs/2203.03605).
         """
         super().__init__(num_queries=num_queries, dim=dim, selection=selection)
         self.num_classes = num_classes
@@ -140,6 +144,7 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
         self.max_denoising_queries = max_denoising_queries
         self.box_noise = box_noise
         self.label_noise = label_noise
+        self.with_negatives = with_negatives
         self.label_embedding = nn.Embedding(num_classes + 1, dim - 1)  # the last row: unknown
 
     @classmethod
@@ -152,6 +157,7 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
             "max_denoising_queries": node.QUERY_GENERATOR.DN_MAX_QUERIES,
             "box_noise": node.QUERY_GENERATOR.DN_BOX_NOISE,
             "label_noise": node.QUERY_GENERATOR.DN_LABEL_NOISE,
+            "with_negatives": node.QUERY_GENERATOR.DN_NEGATIVES,
         }
 
     def forward(self, levels: list[FeatureLevel], targets: list[ImageTarget] | None = None) -> QueryBatch:
@@ -178,11 +184,12 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
 
     def layout(self, targets: list[ImageTarget]) -> tuple[int, int]:
         """Return the number of slots per group n, and the number of groups G."""
-        slots = min(max(len(target) for target in targets), self.max_denoising_queries)
-        return slots, min(self.num_groups, max(1, self.max_denoising_queries // max(slots, 1)))
+        most = max(1, self.max_denoising_queries // (2 if self.with_negatives else 1))
+        slots = min(max(len(target) for target in targets), most)
+        return slots, min(self.num_groups, max(1, most // max(slots, 1)))
 
     def num_denoising(self, targets: list[ImageTarget]) -> int:
-        """Return how many denoising queries, without padding, these targets give."""
+        """Return how many denoising queries, without padding and negatives, these targets give."""
         slots, num_groups = self.layout(targets)
         return num_groups * sum(min(len(target), slots) for target in targets)
 
@@ -191,7 +198,8 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
         """Lay out the boxes of all images in slots, and repeat them for each group.
 
         Returns:
-            The targets (Q_dn = groups * slots, ordered by group), and the number of groups.
+            The targets (Q_dn = groups * slots, ordered by group; with negatives, each group's own follow its slots), and the
+            number of groups.
         """
         slots, num_groups = self.layout(targets)
         device = targets[0].boxes.device
@@ -205,19 +213,26 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
             labels[i, :count] = target.labels[chosen]
             boxes[i, :count] = target.boxes[chosen]
         valid = torch.arange(slots, device=device) < torch.tensor(counts, device=device)[:, None]
+        repeats, negative = num_groups, None
+        if self.with_negatives:
+            repeats = 2 * num_groups
+            negative = (torch.arange(repeats, device=device) % 2 == 1).repeat_interleave(slots)
         return DenoisingTargets(
-            labels=labels.repeat(1, num_groups),
-            boxes=boxes.repeat(1, num_groups, 1),
-            valid=valid.repeat(1, num_groups),
+            labels=labels.repeat(1, repeats),
+            boxes=boxes.repeat(1, repeats, 1),
+            valid=valid.repeat(1, repeats),
             num_valid=self.num_denoising(targets),
+            negative=negative,
         ), num_groups
 
     @torch.no_grad()
     def add_noise(self, targets: DenoisingTargets) -> tuple[Tensor, Tensor]:
         """Return noisy labels (B, Q_dn) and boxes (B, Q_dn, 4), (cx, cy, w, h) in [0, 1]; ``targets`` stay unchanged."""
         size = targets.boxes[..., 2:]
-        noise = self.box_noise * (2 * torch.rand_like(targets.boxes) - 1)
-        boxes = targets.boxes + noise * torch.cat([size / 2, size], dim=-1)
+        noise = 2 * torch.rand_like(targets.boxes) - 1
+        if targets.negative is not None:
+            noise = noise + noise.sign() * targets.negative[:, None]
+        boxes = targets.boxes + self.box_noise * noise * torch.cat([size / 2, size], dim=-1)
         redraw = torch.rand_like(targets.boxes[..., 0]) < self.label_noise
         labels = torch.where(redraw, torch.randint_like(targets.labels, self.num_classes), targets.labels)
         return labels, boxes.clamp(0, 1)

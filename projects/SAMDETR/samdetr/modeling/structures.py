@@ -64,13 +64,15 @@ class DenoisingTargets:
         labels: (B, Q_dn) int64, the class of each of Q_dn denoising queries; arbitrary where ``valid`` is False.
         boxes: (B, Q_dn, 4), normalised (cx, cy, w, h).
         valid: (B, Q_dn) bool, False for slots that only pad an image with fewer boxes than another.
-        num_valid: number of valid slots as a Python int; reading it does not synchronise with the GPU.
+        num_valid: number of valid slots that are objects, as a Python int; reading it does not synchronise with the GPU.
+        negative: (Q_dn,) bool, True for queries that have so much noise that they are background; None if none has.
     """
 
     labels: Tensor
     boxes: Tensor
     valid: Tensor
     num_valid: int
+    negative: Tensor | None = None
 
 
 @dataclass
