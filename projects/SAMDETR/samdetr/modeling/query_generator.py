@@ -1,7 +1,7 @@
 """Make the decoder's queries: learned or selected reference boxes and, for DN in training, denoising queries.
 
-Shapes: B images, Q matching queries, C model width, K classes; G groups of n slots make Q_dn = G * n denoising queries, twice as
-many with negatives.
+Shapes: B images, Q matching queries, C model width, K classes; G groups of n slots (and n negatives, if there are any) make the
+Q_dn denoising queries.
 """
 
 import torch
