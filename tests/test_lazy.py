@@ -89,6 +89,9 @@ def test_every_shipped_python_config_has_a_yaml_twin():
         *("sam_detr_R_50_1x", "sam_detr_smca_R_50_1x", "sam_detr_smca_dn_R_50_DC5_1x", "sam_detr_pp_smca_dn_R_50_1x"),
         *(
             "sam_detr_pp_smca_dn_R_50_50ep",
+            "sam_detr_plus_R_50_1x",
+            "sam_detr_plus_R_50_50ep",
+            "sam_detr_plus_digits",
             "sam_detr_digits",
             "sam_detr_pp_digits",
             "baselines/conditional_detr_R_50_1x",
@@ -127,7 +130,7 @@ def test_yaml_and_python_give_the_same_model_and_schedule(name):
     assert factor((step - 1) / end) == 1.0 and factor(step / end) == pytest.approx(cfg.SOLVER.GAMMA)
 
 
-@pytest.mark.parametrize("name", ["sam_detr_digits", "sam_detr_pp_digits"])
+@pytest.mark.parametrize("name", ["sam_detr_digits", "sam_detr_pp_digits", "sam_detr_plus_digits"])
 def test_yaml_and_python_compute_the_same(name):
     ours, theirs = build_model(load_config(name)).eval(), instantiate(load_lazy(name).model).eval()
     theirs.load_state_dict(ours.state_dict())

@@ -23,6 +23,9 @@ FAMILIES = [
 COCO_CONFIGS = [f"{family}_{schedule}" for family in FAMILIES for schedule in ("1x", "50ep")]
 
 
+PLUS_CONFIGS = ["sam_detr_plus_R_50_1x", "sam_detr_plus_R_50_50ep"]
+
+
 DETECTRON2_BASELINES = [
     *("faster_rcnn_R_50_C4", "faster_rcnn_R_50_DC5", "faster_rcnn_R_50_FPN", "cascade_rcnn_R_50_FPN"),
     *("retinanet_R_50_FPN", "fcos_R_50_FPN"),
@@ -43,8 +46,15 @@ EXPERIMENTS = sorted(
 
 def test_every_config_is_known():
     found = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
-    others = {"Base-SAMDETR", "Base-SAMDETR-DC5", "Base-SAMDETR-pp", "sam_detr_digits", "sam_detr_pp_digits"}
-    assert found == set(COCO_CONFIGS) | others
+    others = {
+        "Base-SAMDETR",
+        "Base-SAMDETR-DC5",
+        "Base-SAMDETR-pp",
+        "sam_detr_digits",
+        "sam_detr_pp_digits",
+        "sam_detr_plus_digits",
+    }
+    assert found == {*COCO_CONFIGS, *PLUS_CONFIGS} | others
     baselines = {path.stem for path in (ROOT / "configs" / "baselines").glob("*.yaml")} - {"Base-Detectron2"}
     assert baselines == {f"{name}_1x" for name in (*DETECTRON2_BASELINES, *DETR_BASELINES)}
 
@@ -129,11 +139,13 @@ def test_baselines_train_and_evaluate(name):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiments_differ_in_the_model_alone(name):
+def test_experiments_differ_in_the_model_and_what_their_configs_say(name):
     cfg = load_experiment(name)
     base = load_experiment("Base-Experiment")
-    if not name.endswith(("_double", "_long")):
-        assert cfg.SOLVER == base.SOLVER and cfg.TEST == base.TEST
+    for key in ("MAX_ITER", "STEPS", *["BASE_LR"] * (name in ("faster_rcnn_tuned", "sam_detr_plus"))):
+        cfg.SOLVER[key] = base.SOLVER[key]
+    cfg.TEST.EVAL_PERIOD = base.TEST.EVAL_PERIOD
+    assert cfg.SOLVER == base.SOLVER and cfg.TEST == base.TEST
     assert cfg.INPUT == base.INPUT and cfg.DATASETS == base.DATASETS and cfg.DATALOADER == base.DATALOADER
     train_two_steps(cfg)
 
@@ -190,6 +202,24 @@ def test_every_coco_config_builds_trains_and_evaluates(name):
     expected = TRAINABLE["pp" if "_pp_" in name else "DC5" if "DC5" in name else "R_50"]
     expected += 0.05e6 * ("smca" in name) + 81 * 255 * ("_dn_" in name)
     assert abs(trainable - expected) < 0.05e6
+
+
+@pytest.mark.slow
+def test_the_plus_model_builds_trains_and_evaluates():
+    model, _ = train_two_steps(load_config(PLUS_CONFIGS[0]))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    pixel_head = (256 + 1) * (3 * 256 + 80 + 4) + 2 * 256
+    assert trainable == pytest.approx(TRAINABLE["pp"] + 0.05e6 + 81 * 255 + 2 * pixel_head, abs=0.05e6)
+
+
+def test_the_plus_models_are_those_of_the_paper_and_what_goes_beyond():
+    for name in PLUS_CONFIGS:
+        cfg, base = load_config(name), load_config(name.replace("plus", "pp_smca_dn"))
+        node = cfg.MODEL.SAMDETR
+        node.QUERY_GENERATOR.SELECT_FROM_ENCODER = node.QUERY_GENERATOR.DN_NEGATIVES = False
+        node.DECODER.LOOK_FORWARD_TWICE = node.DENSE_HEAD.ENABLED = False
+        cfg.OUTPUT_DIR = base.OUTPUT_DIR
+        assert cfg == base
 
 
 def test_readme_names_existing_configs():

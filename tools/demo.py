@@ -19,7 +19,7 @@ import samdetr
 from samdetr.visualization import draw_beside_truth, draw_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = "configs/sam_detr_digits.yaml"
+CONFIG = "configs/sam_detr_plus_digits.yaml"
 
 
 def draw(output: Path, num_images: int = 16) -> Path:

@@ -223,3 +223,8 @@ def test_the_documented_table_is_that_of_the_documented_curves():
     table = make_table(experiment, read_results(ROOT / "tools" / "experiments" / "results" / "experiments.json", names))
     assert table in (ROOT / "docs" / "results.md").read_text()
     assert {"detr_baseline", "sam_detr"} <= names
+
+
+def test_every_run_of_the_shipped_experiment_would_start():
+    for entry in read_experiment(ROOT / "tools" / "experiments" / "digits.yaml").runs:
+        scheduler.check_run(entry, config_of(entry, 1, Path("output")))

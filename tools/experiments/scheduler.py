@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from experiment import ROOT, Experiment, Run, collect, config_of, differences, read_curve
 from summary import report
 
@@ -18,6 +19,9 @@ from samdetr.errors import UserError
 def check_run(entry: Run, cfg) -> None:
     """Refuse a run whose mistakes would otherwise come to light hours later."""
     register_coco_format(cfg)
+    cfg = cfg.clone()
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"  # as train_net.py does
     check_config(cfg, training=True)
     if not 0 < cfg.TEST.EVAL_PERIOD <= cfg.SOLVER.MAX_ITER:
         raise UserError(

@@ -17,6 +17,7 @@ from samdetr.modeling.encoder import DeformableTransformerEncoder, TransformerEn
 from samdetr.modeling.feature_projection import FeatureProjection
 from samdetr.modeling.matcher import HungarianMatcher
 from samdetr.modeling.meta_arch import SAMDETR
+from samdetr.modeling.pixel_head import DenseHead, EncoderSelection
 from samdetr.modeling.query_generator import DenoisingQueryGenerator, LearnedQueryGenerator
 from samdetr.modeling.semantics_aligner import IdentityAligner, SemanticsAligner
 
@@ -119,6 +120,22 @@ def use_denoising(model) -> None:
         box_noise=0.4,
         label_noise=0.2,
     )
+
+
+def pixel_head_options(model, anchor_size: float) -> dict:
+    return {"dim": model.decoder.dim, "prior_prob": 0.01, "anchor_size": anchor_size}
+
+
+def use_encoder_selection(model, anchor_size: float = 0.05) -> None:
+    """Select the reference boxes in the encoded image."""
+    options = pixel_head_options(model, anchor_size)
+    model.query_generator.selection = L(EncoderSelection)(**options, num_classes="${...num_classes}")
+
+
+def use_dense_head(model, anchor_size: float = 0.05) -> None:
+    """Add a dense head, which is used in training only."""
+    options = pixel_head_options(model, anchor_size)
+    model.dense_head = L(DenseHead)(**options, num_classes="${..num_classes}", pixels_per_box=4)
 
 
 def use_no_aligner(model, attention, refine_boxes: bool, **options) -> None:
