@@ -3,9 +3,9 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_iou, generalized_box_iou
 
-from samdetr.modeling.boxes import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
+from samdetr.modeling.boxes import cxcywh_to_xyxy, generalized_iou, iou, xyxy_to_cxcywh
 
 
 def random_boxes(n):
@@ -22,6 +22,12 @@ def test_conversions_by_hand_and_back():
 def test_generalized_iou_of_all_pairs_is_torchvisions():
     a, b = random_boxes(7), random_boxes(5)
     assert torch.allclose(generalized_iou(a[:, None], b), generalized_box_iou(a, b), atol=1e-6)
+
+
+def test_iou_of_all_pairs_is_torchvisions():
+    a, b = random_boxes(7), random_boxes(5)
+    assert torch.allclose(iou(a[:, None], b), box_iou(a, b), atol=1e-6)
+    assert iou(torch.full((4,), 0.5), torch.full((4,), 0.5)) == 0  # without area
 
 
 def test_generalized_iou_by_hand():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_iou, generalized_box_iou
 
 from helpers import make_matcher, make_problem
 from oracles import plain_losses
@@ -13,10 +13,9 @@ from samdetr.modeling.criterion import NonFinitePredictionError, SetCriterion
 from samdetr.modeling.structures import DenoisingTargets
 
 
-def make_criterion():
-    return SetCriterion(
-        matcher=make_matcher(), class_weight=2.0, l1_weight=5.0, giou_weight=2.0, focal_alpha=0.25, focal_gamma=2.0
-    )
+def make_criterion(**options):
+    weights = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0}
+    return SetCriterion(matcher=make_matcher(), **weights, focal_alpha=0.25, focal_gamma=2.0, **options)
 
 
 def losses_of(predictions, targets, denoising=None, criterion=None):
@@ -110,6 +109,53 @@ def test_denoising_gradients_equal_a_plain_formulation():
     assert torch.allclose(logits.grad, other_logits.grad, atol=1e-5)
     assert torch.allclose(boxes.grad, other_boxes.grad, atol=1e-4)
     assert not boxes.grad[0, 1, 4].any()  # the padding slot
+
+
+def test_scores_that_are_aware_of_the_iou():
+    """Matching and denoising queries against a loop over classes; the target has no gradient."""
+    predictions, targets = make_problem((2, 1), layers=2, queries=4 + 3)
+    logits = predictions.logits.requires_grad_()
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    denoising = DenoisingTargets(torch.randint(4, (2, 3)), torch.rand(2, 3, 4) * 0.5 + 0.2, valid, num_valid=3)
+    losses = losses_of(predictions, targets, denoising, make_criterion(iou_aware=True))
+    matches = make_matcher()(predictions.of_queries(slice(4)), targets)
+    labels, boxes = (torch.cat([getattr(target, name) for target in targets]) for name in ("labels", "boxes"))
+
+    def expected(layer, image, query, label, box):
+        found = logits[layer, image, query].sigmoid()
+        total = 0.0
+        for k in range(4):
+            p, target, weight = found[k], 0.0, found[k] ** 2
+            if k == label:
+                corners = [cxcywh_to_xyxy(x[None]) for x in (predictions.boxes[layer, image, query], box)]
+                target, weight = (p.detach() ** 0.25 * box_iou(*corners)[0, 0] ** 0.75).clamp(min=0.01), 1.0
+            total = total - weight * (target * p.log() + (1 - target) * (1 - p).log())
+        return 2 * total
+
+    total = 0.0
+    for layer, suffix in enumerate(("_0", "")):
+        matching = {
+            (image, query): (labels[target], boxes[target])
+            for image, query, target in zip(
+                matches.image.tolist(), matches.query[layer].tolist(), matches.target[layer].tolist()
+            )
+        }
+        value = sum(
+            expected(layer, image, query, *matching.get((image, query), (None, None)))
+            for image in range(2)
+            for query in range(4)
+        )
+        assert torch.isclose(losses[f"loss_class{suffix}"], value / 3, rtol=1e-4)
+        total = total + value / 3
+        value = sum(
+            expected(layer, image, 4 + slot, denoising.labels[image, slot], denoising.boxes[image, slot])
+            for image, slot in valid.nonzero().tolist()
+        )
+        assert torch.isclose(losses[f"loss_dn_class{suffix}"], value / 3, rtol=1e-4)
+        total = total + value / 3
+    (gradient,) = torch.autograd.grad(sum(loss for name, loss in losses.items() if "class" in name), logits)
+    (plain,) = torch.autograd.grad(total, logits)
+    assert torch.allclose(gradient, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_denoising", [False, True])

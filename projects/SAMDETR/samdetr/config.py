@@ -275,6 +275,9 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.LOSS.GIOU_WEIGHT = 2.0
     node.LOSS.FOCAL_ALPHA = 0.25
     node.LOSS.FOCAL_GAMMA = 2.0
+    # Whether a matched query's score is to say how well its box fits (Align-DETR; FOCAL_ALPHA is then for matching alone). Not
+    # the paper's.
+    node.LOSS.IOU_AWARE = False
 
     # "AdamW" (samdetr.solver), or "SGD", detectron2's own optimizer, for detectron2's own detectors.
     cfg.SOLVER.OPTIMIZER = "AdamW"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-__all__ = ["cxcywh_to_xyxy", "generalized_iou", "xyxy_to_cxcywh"]
+__all__ = ["cxcywh_to_xyxy", "generalized_iou", "iou", "xyxy_to_cxcywh"]
 
 _SMALLEST_AREA = 1e-12  # keeps the ratios of degenerate boxes finite and changes those of no real box
 
@@ -22,6 +22,12 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return box_convert(boxes, "xyxy", "cxcywh")
 
 
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Compute the IoU of boxes, in [0, 1]; for arguments and differences to other functions see :func:`generalized_iou`."""
+    overlap, union = _overlap_and_union(a, b)
+    return overlap / union.clamp(min=_SMALLEST_AREA)
+
+
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """Compute the generalised IoU (https://arxiv.org/abs/1902.09630) of boxes, with broadcasting.
 
@@ -34,8 +40,13 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (...) values in [-1, 1].
     """
+    overlap, union = _overlap_and_union(a, b)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    return overlap / union.clamp(min=_SMALLEST_AREA) - (hull - union) / hull.clamp(min=_SMALLEST_AREA)
+
+
+def _overlap_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the areas that boxes share and that they cover together."""
     corner = torch.maximum(a[..., :2], b[..., :2])
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - corner).clamp(min=0).prod(-1)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap
-    return overlap / union.clamp(min=_SMALLEST_AREA) - (hull - union) / hull.clamp(min=_SMALLEST_AREA)
+    return overlap, (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap

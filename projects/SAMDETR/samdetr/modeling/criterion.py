@@ -9,8 +9,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor
+from torch.nn import functional as F
 
-from .boxes import cxcywh_to_xyxy, generalized_iou
+from .boxes import cxcywh_to_xyxy, generalized_iou, iou
 from .matcher import HungarianMatcher, Matches
 from .structures import DenoisingTargets, ImageTarget, Predictions
 
@@ -51,6 +52,7 @@ class SetCriterion:
         giou_weight: float,
         focal_alpha: float,
         focal_gamma: float,
+        iou_aware: bool = False,
         raise_on_non_finite: bool = True,
     ):
         """
@@ -58,6 +60,8 @@ class SetCriterion:
             matcher: assigns boxes to queries.
             class_weight, l1_weight, giou_weight: weights of the three losses.
             focal_alpha, focal_gamma: of the focal loss.
+            iou_aware: whether the score of a matched query is to say how well its box fits (Align-DETR,
+                https://arxiv.org/abs/2304.07527): its target is p^0.25 IoU^0.75, for the score p, instead of 1.
             raise_on_non_finite: whether predictions that are NaN or infinite raise an error; otherwise the losses are not
                 finite either.
         """
@@ -67,6 +71,7 @@ class SetCriterion:
         self.giou_weight = giou_weight
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
+        self.iou_aware = iou_aware
         self.raise_on_non_finite = raise_on_non_finite
 
     @classmethod
@@ -79,6 +84,7 @@ class SetCriterion:
             "giou_weight": node.LOSS.GIOU_WEIGHT,
             "focal_alpha": node.LOSS.FOCAL_ALPHA,
             "focal_gamma": node.LOSS.FOCAL_GAMMA,
+            "iou_aware": node.LOSS.IOU_AWARE,
             "raise_on_non_finite": cfg.SOLVER.NON_FINITE == "stop",
         }
 
@@ -146,9 +152,10 @@ class SetCriterion:
         boxes = torch.cat([target.boxes for target in targets])[matches.target].float()  # (L, pairs, 4)
         layer = torch.arange(len(logits), device=logits.device)[:, None]
         matched_boxes = predictions.boxes[layer, matches.image, matches.query]
+        place = layer, matches.image, matches.query, labels
         class_targets = torch.zeros_like(logits)
-        class_targets[layer, matches.image, matches.query, labels] = 1
-        class_loss = self.focal_loss(logits, class_targets).sum((1, 2, 3))
+        class_targets[place] = self.class_target(logits[place], matched_boxes, boxes)
+        class_loss = self.class_loss(logits, class_targets).sum((1, 2, 3))
         l1, giou = self.box_losses(matched_boxes, boxes)
         if has_event_storage() and giou.shape[1]:
             name = prefix.replace("loss", "samdetr/matched_giou")
@@ -161,21 +168,33 @@ class SetCriterion:
         """Return the losses of the denoising queries, each against its own box, without matching."""
         logits = predictions.logits
         valid = denoising.valid.to(logits.dtype)  # (B, Q_dn)
-        class_targets = torch.nn.functional.one_hot(denoising.labels, logits.shape[-1])
-        class_targets = class_targets.to(logits.dtype)
+        own = denoising.labels.expand(logits.shape[:3])[..., None]
+        target = self.class_target(logits.gather(-1, own)[..., 0], predictions.boxes, denoising.boxes.float())
+        class_targets = torch.zeros_like(logits).scatter(-1, own, target[..., None])
         is_object = valid
         if denoising.negative is not None:
             class_targets = class_targets.masked_fill(denoising.negative[:, None], 0)
             is_object = valid.masked_fill(denoising.negative, 0)
-        class_loss = (self.focal_loss(logits, class_targets.expand_as(logits)).sum(-1) * valid).sum((1, 2))
+        class_loss = (self.class_loss(logits, class_targets).sum(-1) * valid).sum((1, 2))
         l1, giou = (loss * is_object for loss in self.box_losses(predictions.boxes, denoising.boxes.float()))
         return self.weighted(
             "loss_dn", class_loss / normalizer, l1.sum((1, 2)) / normalizer, giou.sum((1, 2)) / normalizer
         )
 
-    def focal_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the sigmoid focal loss, elementwise, float32."""
-        return sigmoid_focal_loss(logits, targets, alpha=self.focal_alpha, gamma=self.focal_gamma)
+    @torch.no_grad()
+    def class_target(self, logits: Tensor, boxes: Tensor, target_boxes: Tensor) -> Tensor:
+        """Return what the scores of objects, (...), are to be, from their logits, (...), and boxes, (..., 4)."""
+        if not self.iou_aware:
+            return torch.ones_like(logits)
+        fit = iou(cxcywh_to_xyxy(boxes.float()), cxcywh_to_xyxy(target_boxes))
+        return (logits.sigmoid() ** 0.25 * fit**0.75).clamp(min=0.01)  # more than the 0 of background
+
+    def class_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the focal loss or, if the scores are aware of the IoU, Align-DETR's loss: elementwise, float32."""
+        if not self.iou_aware:
+            return sigmoid_focal_loss(logits, targets, alpha=self.focal_alpha, gamma=self.focal_gamma)
+        weight = torch.where(targets > 0, 1, logits.sigmoid() ** self.focal_gamma)
+        return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
     @staticmethod
     def box_losses(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
