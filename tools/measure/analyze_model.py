@@ -50,6 +50,7 @@ PARTS = {
     "encoder": "encoder",
     "query_generator": "queries",
     "decoder": "decoder",
+    "dense_head": "dense head (training)",
 }
 DECODER_PARTS = ("self_attention", "aligner", "cross_attention", "feedforward", "class_heads", "box_heads")
 
@@ -151,7 +152,7 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
     if not isinstance(model, samdetr.SAMDETR):
         return {**{name: of(child) for name, child in model.named_children()}, "total": of(model)}
-    counts = {part: of(getattr(model, part)) for part in PARTS}
+    counts = {part: of(getattr(model, part)) for part in PARTS if getattr(model, part) is not None}
     for part in DECODER_PARTS:
         modules = [getattr(layer, part) for layer in model.decoder.layers if hasattr(layer, part)]
         counts[f"decoder.{part}"] = of(nn.ModuleList(modules or [getattr(model.decoder, part)]))
@@ -286,7 +287,7 @@ def main() -> None:
         return [label, f"{total / 1e6:.2f}", f"{trainable / 1e6:.2f}", f"{flops[part] / 1e9:.1f}"]
 
     if isinstance(model, samdetr.SAMDETR):
-        rows = [row(label, part) for part, label in PARTS.items()]
+        rows = [row(label, part) for part, label in PARTS.items() if part in parameters]
         rows += [row(f"  of it {part.replace('_', ' ')}", f"decoder.{part}") for part in DECODER_PARTS]
         rows.append(["  of it RoIAlign", "", "", f"{flops['roi_align'] / 1e9:.1f}"])
         rows.append(row("total", "total"))
