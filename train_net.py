@@ -30,7 +30,7 @@ from detectron2.utils.logger import setup_logger
 import samdetr
 from samdetr.checks import check_config
 from samdetr.config import find_config
-from samdetr.data import register_coco_format
+from samdetr.data import register_datasets
 from samdetr.engine import Trainer, evaluate
 from samdetr.engine.output import lock_folder
 from samdetr.engine.stops import StopRequested, is_lost_partner, pass_signals_on
@@ -63,7 +63,7 @@ def read_config(args):
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds the checkpoints of an earlier run: continue it with --resume, or name "
             "another OUTPUT_DIR."
         )
-    register_coco_format(cfg)
+    register_datasets(cfg)
     check_config(cfg, training=not args.eval_only, weights=not (earlier and args.resume))
     return cfg
 
@@ -99,7 +99,7 @@ def main(args, cfg):
 
 def set_up(args, cfg):
     """Register the config's datasets, and set up OUTPUT_DIR with the config and the logs."""
-    register_coco_format(cfg)
+    register_datasets(cfg)
     kept = Path(cfg.OUTPUT_DIR, "config.yaml")
     # The config that a checkpoint was trained with stays beside it. It is moved, which needs no room on the disk.
     moved = kept.with_name("config_trained.yaml")

@@ -32,7 +32,7 @@ from helpers import DN, MULTI_SCALE, ROOT, SMCA, tiny_config
 from samdetr.checkpoint import Checkpoint
 from samdetr.checks import check_config
 from samdetr.config import _all_keys
-from samdetr.data import register_coco_format
+from samdetr.data import read_coco, register_datasets
 from samdetr.engine import Trainer
 from samdetr.errors import UserError
 from samdetr.limits import value_of
@@ -172,7 +172,8 @@ def try_dataset(rng: random.Random, folder: Path) -> str:
     path.write_bytes(content)
     number, verdict = 2, "refused"
     with contextlib.suppress(UserError):
-        annotations, report = check_dataset(path, folder)
+        annotations = read_coco(path, folder)
+        report = check_dataset(annotations)
         report.lines()
         number = max(1, len(annotations.class_names))
         verdict = "refused" if report.errors else "accepted"
@@ -204,7 +205,7 @@ def try_run(make_config, folder: Path) -> str:
         cfg = make_config()
         cfg.OUTPUT_DIR = str(folder)
         folder.mkdir(exist_ok=True)
-        register_coco_format(cfg)
+        register_datasets(cfg)
         check_config(cfg, training=True)
         trainer = Trainer(cfg)
         trainer.register_hooks([StopAfterTwoSteps()])

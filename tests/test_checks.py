@@ -9,7 +9,7 @@ from detectron2.data.datasets import register_coco_instances
 
 from helpers import load_experiment, tiny_config
 from samdetr.checks import check_config
-from samdetr.data import register_coco_format
+from samdetr.data import register_datasets
 from samdetr.errors import UserError
 
 ODD_WIDTH = [
@@ -92,7 +92,7 @@ def classes_config(shapes_root, tmp_path, **names):
     entries += [[second, str(tmp_path / "other.json"), str(shapes_root)]]
     options = ["DATASETS.COCO_FORMAT", entries, "DATASETS.TRAIN", (first,), "DATASETS.TEST", (second,)]
     cfg = tiny_config(*options, "MODEL.SAMDETR.NUM_CLASSES", 2)
-    register_coco_format(cfg)
+    register_datasets(cfg)
     return cfg
 
 

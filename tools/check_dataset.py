@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Read a COCO-format dataset before you spend hours on it, and report what is wrong with it.
+"""Read a dataset before you spend hours on it, and report what is wrong with it.
 
-    tools/check_dataset.py annotations.json images/
-    tools/check_dataset.py annotations.json images/ --no-images      # the JSON only
+    tools/check_dataset.py annotations.json images/                  # COCO's format
+    tools/check_dataset.py VOC2007/ --split train                    # Pascal VOC's: the folder above Annotations/
+    tools/check_dataset.py data.yaml --split train                   # YOLO's
+    tools/check_dataset.py annotations.json images/ --no-images      # the annotations only
     tools/check_dataset.py val.json images/ --eval-only              # it may be without boxes
 
 It reads annotations and images as training and evaluation do. Exit status 1 if these would refuse the dataset, 0 if they
@@ -18,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from common import run
 
-from samdetr.data.coco_format import CocoAnnotations, Report, read_coco
+from samdetr.data import read_coco, read_voc, read_yolo
+from samdetr.data.coco_format import CocoAnnotations, Report
 from samdetr.data.images import SizeMismatchError, open_picture
 from samdetr.errors import UserError
 
@@ -60,50 +63,60 @@ def check_image(path: str, size: tuple[int, int]) -> list[tuple[str, str]]:
 
 
 def check_dataset(
-    json_file: Path, root: Path, read_images: bool = True, trained_on: bool = True, evaluated_on: bool = True
-) -> tuple[CocoAnnotations, Report]:
-    """Check a dataset.
+    annotations: CocoAnnotations, read_images: bool = True, trained_on: bool = True, evaluated_on: bool = True
+) -> Report:
+    """Check a dataset; return the report.
 
     Args:
-        json_file, root: annotations in COCO's format, and the folder that ``file_name`` is relative to.
+        annotations: the dataset as it was read.
         read_images: whether to read the image files.
         trained_on, evaluated_on: what the dataset must serve for.
-
-    Returns:
-        The annotations and the report.
-
-    Raises:
-        UserError: the file or folder is missing, or the file is not COCO-format JSON.
     """
-    if read_images and not root.is_dir():
-        raise UserError(f"{root}: there is no such folder.")
-    annotations = read_coco(json_file, root)
     report = copy.deepcopy(annotations.report)
     if not read_images:
         report.counts.pop("images missing", None)
     check_contents(annotations, report, trained_on, evaluated_on)
     if read_images:
-        paths = [os.path.join(root, name) for name in annotations.file_names]
+        paths = [os.path.join(annotations.image_root, name) for name in annotations.file_names]
         images = [(path, tuple(size)) for path, size in zip(paths, annotations.sizes.tolist()) if os.path.lexists(path)]
         with ThreadPoolExecutor(8) as pool:
             for findings in pool.map(lambda image: check_image(*image), images):
                 for finding in findings:
                     report.add(*finding)
-    return annotations, report
+    return report
+
+
+def read(arguments: argparse.Namespace) -> CocoAnnotations:
+    """Read the annotations, in the format that the arguments tell."""
+    path, images = arguments.annotations, arguments.images
+    in_coco = not path.is_dir() and path.suffix not in (".yaml", ".yml")
+    if in_coco == (images is None) or in_coco == (arguments.split is not None):
+        raise UserError(
+            "Name a file in COCO's format and its image folder, or a folder in Pascal VOC's format or YOLO's data.yaml with "
+            "--split."
+        )
+    if in_coco:
+        if not arguments.no_images and not images.is_dir():
+            raise UserError(f"{images}: there is no such folder.")
+        return read_coco(path, images)
+    return (read_voc if path.is_dir() else read_yolo)(path, arguments.split)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json_file", type=Path, help="annotations in COCO's format")
-    parser.add_argument("images", type=Path, help="the folder that file_name is relative to")
+    parser.add_argument(
+        "annotations", type=Path, help="a JSON file (COCO), a folder (Pascal VOC) or a data.yaml (YOLO)"
+    )
+    parser.add_argument("images", type=Path, nargs="?", help="COCO: the folder that file_name is relative to")
+    parser.add_argument("--split", help="Pascal VOC and YOLO: which images, such as train or val")
     parser.add_argument("--no-images", action="store_true", help="do not read the image files")
     purpose = parser.add_mutually_exclusive_group()
     purpose.add_argument("--train-only", action="store_true", help="it will not be evaluated on")
     purpose.add_argument("--eval-only", action="store_true", help="it will not be trained on, which needs boxes")
     arguments = parser.parse_args()
-    annotations, report = check_dataset(
-        arguments.json_file,
-        arguments.images,
+    annotations = read(arguments)
+    report = check_dataset(
+        annotations,
         not arguments.no_images,
         trained_on=not arguments.eval_only,
         evaluated_on=not arguments.train_only,

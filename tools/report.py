@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from samdetr.checks import check_config
-from samdetr.data import register_coco_format
+from samdetr.data import register_datasets
 from samdetr.engine import evaluate_images
 from samdetr.engine.evaluation import ImageEvaluation
 from samdetr.errors import UserError
@@ -159,7 +159,7 @@ def main() -> None:
     if not weights.exists():
         raise UserError(f"{weights}: there is no such file; name a checkpoint with --weights.")
     predictor = load_predictor(arguments, str(weights))
-    register_coco_format(predictor.cfg)
+    register_datasets(predictor.cfg)
     known = predictor.class_names if predictor.knows_classes else None
     check_config(predictor.cfg, training=False, weights=False, class_names=known)
     page = write_page(arguments, predictor, weights)

@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from samdetr.checkpoint import Checkpoint
 from samdetr.checks import check_config
 from samdetr.config import load_config, merge_options
-from samdetr.data import build_train_loader, register_coco_format
+from samdetr.data import build_train_loader, register_datasets
 from samdetr.errors import UserError
 from samdetr.modeling.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from samdetr.modeling.query_generator import DenoisingQueryGenerator, build_query_generator
@@ -41,7 +41,7 @@ def read_config(arguments: argparse.Namespace):
     if cfg is None:
         raise UserError("Name --config-file, or --weights of a checkpoint that carries its config.")
     merge_options(cfg, [*arguments.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0])
-    register_coco_format(cfg)
+    register_datasets(cfg)
     check_config(cfg, training=True)
     return cfg
 

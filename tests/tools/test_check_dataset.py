@@ -62,8 +62,10 @@ def test_a_good_dataset_passes(shapes_root):
 def test_what_is_wrong_with_a_dataset_is_said(change, fatal, message, tmp_path):
     from check_dataset import check_dataset
 
+    from samdetr.data import read_coco
+
     content = {"images": [image_entry(1)], "annotations": [GOOD], **change}
-    _, report = check_dataset(dataset_of(tmp_path, **content), tmp_path)
+    report = check_dataset(read_coco(dataset_of(tmp_path, **content), tmp_path))
     assert any(message in line and line.startswith("ERROR" if fatal else "warning") for line in report.lines())
     assert bool(report.errors) == fatal, report.lines()
 
@@ -105,3 +107,23 @@ def test_what_is_unusual_about_images_is_counted(tmp_path, tool):
     assert status == 0
     assert "warning: images: transparency is ignored: 1" in printed
     assert "warning: images: 16 bits per pixel are scaled to 8: 1" in printed
+
+
+def test_other_formats(tmp_path):
+    for part in ("Annotations", "ImageSets/Main", "JPEGImages", "images/train", "labels/train"):
+        (tmp_path / part).mkdir(parents=True)
+    for place in ("JPEGImages", "images/train"):
+        Image.new("RGB", (60, 40)).save(tmp_path / place / "a.png")
+    box = "<xmin>11</xmin><ymin>6</ymin><xmax>20</xmax><ymax>15</ymax>"
+    xml = f"<annotation><object><name>dog</name><bndbox>{box}</bndbox></object></annotation>"
+    (tmp_path / "Annotations" / "a.xml").write_text(xml)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a\n")
+    (tmp_path / "labels" / "train" / "a.txt").write_text("0 0.5 0.5 0.5 0.5\n0 2 2 2 2\n")
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: [dog]\n")
+    result = run_tool("check_dataset", tmp_path, "--split", "train")
+    assert result.returncode == 0 and "1 images, 1 boxes, 1 classes" in result.stdout
+    result = run_tool("check_dataset", tmp_path / "data.yaml", "--split", "train")
+    assert result.returncode == 1 and "ERROR: labels outside of [0, 1]: 1" in result.stdout
+    for arguments in ([tmp_path], [tmp_path / "data.yaml"], [tmp_path / "data.yaml", tmp_path, "--split", "train"]):
+        result = run_tool("check_dataset", *arguments)
+        assert result.returncode == 1 and "Name a file in COCO's format and its image folder, or" in result.stderr

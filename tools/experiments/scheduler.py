@@ -12,13 +12,13 @@ from experiment import ROOT, Experiment, Run, collect, config_of, differences, r
 from summary import report
 
 from samdetr.checks import check_config
-from samdetr.data import register_coco_format
+from samdetr.data import register_datasets
 from samdetr.errors import UserError
 
 
 def check_run(entry: Run, cfg) -> None:
     """Refuse a run whose mistakes would otherwise come to light hours later."""
-    register_coco_format(cfg)
+    register_datasets(cfg)
     cfg = cfg.clone()
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"  # as train_net.py does

@@ -35,7 +35,7 @@ from torch import nn
 import samdetr
 from samdetr.checks import check_config
 from samdetr.config import config_folder
-from samdetr.data import build_test_loader, register_coco_format
+from samdetr.data import build_test_loader, register_datasets
 from samdetr.errors import UserError
 from samdetr.modeling import semantics_aligner
 
@@ -243,7 +243,7 @@ def image_sizes(arguments, cfg) -> list[tuple[int, int]]:
     """Return the sizes (height, width) to average over."""
     if not arguments.num_images:
         return [tuple(arguments.size)]
-    register_coco_format(cfg)
+    register_datasets(cfg)
     check_config(cfg, training=False)
     sizes = []
     for inputs in build_test_loader(cfg, cfg.DATASETS.TEST[0]):

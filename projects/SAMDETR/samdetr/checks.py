@@ -39,7 +39,7 @@ def check_config(
     """Check what a run needs: registered names, ranges, divisibility, datasets and their classes, the weights file.
 
     Args:
-        cfg: the full config. Its datasets must be registered (``samdetr.data.register_coco_format``).
+        cfg: the full config. Its datasets must be registered (``samdetr.data.register_datasets``).
         training: whether the run trains; otherwise it only evaluates.
         weights: whether to check ``MODEL.WEIGHTS`` as well, which a run that is resumed, or a loaded model, does not need.
         class_names: of the model that is evaluated, by index, if it is not read from ``MODEL.WEIGHTS``.
@@ -259,7 +259,7 @@ def _check_dataset(key: str, name: str) -> None:
     if name not in registered:
         raise UserError(
             f"{key} names {name!r}, which is not a registered dataset.{did_you_mean(name, registered)} Name your own in "
-            "DATASETS.COCO_FORMAT."
+            "DATASETS.COCO_FORMAT, VOC_FORMAT or YOLO_FORMAT."
         )
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")

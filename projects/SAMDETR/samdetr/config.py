@@ -289,6 +289,10 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # Your own COCO-format datasets, each [name, annotation file, image folder]; name them in DATASETS.TRAIN and TEST. Class
     # names come from the annotation file.
     cfg.DATASETS.COCO_FORMAT = []
+    # The same in Pascal VOC's format, each [name, folder, split], with the images listed in FOLDER/ImageSets/Main/SPLIT.txt;
+    # and in YOLO's format, each [name, data.yaml, split].
+    cfg.DATASETS.VOC_FORMAT = []
+    cfg.DATASETS.YOLO_FORMAT = []
 
     # Mixed precision (SOLVER.AMP.ENABLED, detectron2's key) in training and evaluation: "bfloat16", or "float16", which
     # needs CUDA.

@@ -22,7 +22,7 @@ from detectron2.utils.file_io import PathManager
 from .checkpoint import CheckedCheckpointer, Checkpoint, check_fit
 from .checks import check_model
 from .config import load_config, merge_options
-from .data import register_coco_format
+from .data import register_datasets
 from .data.images import ImageSource, check_regular_file, read_image
 from .errors import UserError, one_line
 from .modeling.build import build_detector
@@ -229,7 +229,7 @@ def _is_config(source: str) -> bool:
 def _classes_of_dataset(cfg: CfgNode) -> tuple[list[str] | None, list[int] | None]:
     """Return class names and category ids of the config's dataset, or (None, None) if its classes are not known."""
     with contextlib.suppress(UserError):  # its files need not be on this machine
-        register_coco_format(cfg)
+        register_datasets(cfg)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         if name in DatasetCatalog.list():
             metadata = MetadataCatalog.get(name)

@@ -3,10 +3,13 @@
 import os
 
 from .build import TrainLoader, build_test_loader, build_train_loader, warn_about_capacity
-from .coco_format import read_coco, register_coco_format
+from .coco_format import read_coco
 from .dataset_mapper import DetrDatasetMapper
 from .datasets import class_names_of, clean_annotations, load_records, match_classes, read_dataset
 from .digits import register_digits
+from .registration import register_coco_format, register_datasets
+from .voc_format import read_voc
+from .yolo_format import read_yolo
 
 __all__ = [
     "DetrDatasetMapper",
@@ -19,7 +22,10 @@ __all__ = [
     "match_classes",
     "read_coco",
     "read_dataset",
+    "read_voc",
+    "read_yolo",
     "register_coco_format",
+    "register_datasets",
     "warn_about_capacity",
 ]
 

@@ -11,19 +11,17 @@ import logging
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError, did_you_mean, one_line
 from .images import check_regular_file, read_size
 
-__all__ = ["CocoAnnotations", "CocoFile", "Report", "read_coco", "register_coco_file", "register_coco_format"]
+__all__ = ["CocoAnnotations", "Report", "read_coco", "read_coco_content"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +45,12 @@ ERRORS = {
     "annotations whose iscrowd or ignore is neither yes nor no": "Write 0 or 1.",
     "datasets without images": 'Fill "images".',
     "datasets without categories": 'Fill "categories".',
+    # In other formats:
+    "images without an annotation file": "Add one for each; that of an image without objects has none.",
+    "annotation files that are damaged": "Copy them again, or write them anew.",
+    "labels that are no box": "A line is: class, centre x, centre y, width, height.",
+    "labels outside of [0, 1]": "Centre and size are shares of the image's width and height.",
+    "labels of an unknown class": 'Add it to "names", or correct the line.',
     # Found by reading the files:
     "images unreadable": "Copy them again, or remove them.",
     "images of another size than the annotation file says": "Correct sizes and boxes.",
@@ -66,6 +70,8 @@ REPAIRED = {
     "image ids of mixed types": "taken as text",
     "images without a width and height in the annotation file": "read from the image files",
     "image entries that stand twice": "taken once",
+    "images without a label file": "taken as images without objects",
+    "polygons": "read as their bounding boxes",
 }
 
 
@@ -237,15 +243,29 @@ def read_coco(path: str | os.PathLike, image_root: str | os.PathLike) -> CocoAnn
     return _read_cached(path, os.fspath(image_root), (status.st_mtime_ns, status.st_size))
 
 
+def read_coco_content(content: dict, path: str, image_root: str, report: Report | None = None) -> CocoAnnotations:
+    """Read what another format was turned into; see :func:`read_coco`.
+
+    Args:
+        content: "images", "annotations" and "categories", as a file in COCO's format has them.
+        path: of the file that the content comes from, for messages.
+        image_root: the folder that file names are relative to.
+        report: what was found already.
+    """
+    return _Reader(path, image_root, report).read_content(content)
+
+
 class _Reader:
     """Reads one file."""
 
-    def __init__(self, path: str, image_root: str):
-        self.result = CocoAnnotations(path, image_root)
+    def __init__(self, path: str, image_root: str, report: Report | None = None):
+        self.result = CocoAnnotations(path, image_root, report=report or Report())
         self.report = self.result.report
 
     def read(self) -> CocoAnnotations:
-        content = self._parse()
+        return self.read_content(self._parse())
+
+    def read_content(self, content: dict) -> CocoAnnotations:
         images = self._read_images(content["images"])
         categories = self._read_categories(content["categories"])
         self.result.annotated = "annotations" in content
@@ -551,80 +571,3 @@ def _flag(value: Any) -> bool | None:
             value.lower()
         )
     return bool(value) if isinstance(value, (bool, int, float)) else None
-
-
-def register_coco_format(cfg) -> None:
-    """Register the datasets of ``cfg.DATASETS.COCO_FORMAT``. Calling it twice is harmless.
-
-    Args:
-        cfg: each entry is (name, annotation file, image folder); class names come from the file's ``categories``.
-
-    Raises:
-        UserError: an entry has another form, the name belongs to another dataset, a file or folder does not exist, or the
-            file cannot be used.
-    """
-    for entry in cfg.DATASETS.COCO_FORMAT:
-        if not isinstance(entry, (list, tuple)) or len(entry) != 3 or not all(isinstance(part, str) for part in entry):
-            raise UserError(
-                f"DATASETS.COCO_FORMAT has the entry {entry!r}: each is [name, annotation file, image folder]."
-            )
-        name, json_file, image_root = entry
-        if name in DatasetCatalog.list():
-            known = [MetadataCatalog.get(name).get(key) for key in ("json_file", "image_root")]
-            if known != [json_file, image_root]:
-                raise UserError(f"DATASETS.COCO_FORMAT: the name {name!r} belongs to {known}: choose another.")
-            continue
-        for address in (json_file, image_root):
-            if "://" in address:
-                raise UserError(
-                    f"DATASETS.COCO_FORMAT: {name}'s {address} is an address: download it, and name the path."
-                )
-        if not PathManager.exists(json_file):
-            raise UserError(
-                f"DATASETS.COCO_FORMAT: {name}'s annotation file {json_file} does not exist (looked in {os.getcwd()})."
-            )
-        if not PathManager.isdir(image_root):
-            raise UserError(
-                f"DATASETS.COCO_FORMAT: {name}'s image folder {image_root} does not exist (looked in {os.getcwd()})."
-            )
-        try:
-            annotations = read_coco(json_file, image_root)
-            annotations.report.refuse_errors(json_file, except_for="images missing")  # not every use needs the images
-        except UserError as error:
-            raise UserError(f"DATASETS.COCO_FORMAT: {error}") from error
-        register_coco_file(CocoFile(json_file, image_root), name, annotations.class_names, annotations.category_ids)
-
-
-class CocoFile:
-    """A COCO-format dataset in detectron2's catalog, which calls it to load the dataset."""
-
-    def __init__(self, json_file: str, image_root: str, prepare: Callable[[], None] | None = None):
-        """
-        Args:
-            json_file, image_root: see :func:`read_coco`.
-            prepare: is called before the file is read; it may write it.
-        """
-        self.json_file = json_file
-        self.image_root = image_root
-        self.prepare = prepare
-
-    def read(self) -> CocoAnnotations:
-        """Read the file; see :func:`read_coco`."""
-        if self.prepare is not None:
-            self.prepare()
-        return read_coco(self.json_file, self.image_root)
-
-    def __call__(self) -> list[dict]:
-        return self.read().records()
-
-
-def register_coco_file(file: CocoFile, name: str, class_names: Sequence[str], category_ids: Sequence[int]) -> None:
-    """Register a COCO-format file, with the names and ids of its classes, in detectron2's catalogs."""
-    DatasetCatalog.register(name, file)
-    MetadataCatalog.get(name).set(
-        json_file=file.json_file,
-        image_root=file.image_root,
-        evaluator_type="coco",
-        thing_classes=list(class_names),
-        thing_dataset_id_to_contiguous_id={number: index for index, number in enumerate(category_ids)},
-    )

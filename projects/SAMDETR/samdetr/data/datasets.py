@@ -1,6 +1,7 @@
 """Load registered datasets, with their classes in the model's order.
 
-Datasets that are files in COCO's format are read by this project's reader, also those that were registered by detectron2.
+Datasets in COCO's, Pascal VOC's and YOLO's format are read by this project's readers, also those in COCO's format that were
+registered by detectron2.
 """
 
 import copy
@@ -14,7 +15,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..errors import UserError
-from .coco_format import CocoAnnotations, CocoFile
+from .coco_format import CocoAnnotations, read_coco
+from .registration import AnnotationSource
 
 __all__ = ["class_names_of", "clean_annotations", "load_records", "match_classes", "read_dataset"]
 
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_dataset(name: str, *, training: bool = False, skip_missing: bool = False) -> CocoAnnotations | None:
-    """Read a registered dataset that is a file in COCO's format; return None for any other dataset. Changes nothing.
+    """Read a registered dataset of annotation files; return None for one that a function makes. Changes nothing.
 
     Args:
         name: of the dataset.
@@ -34,18 +36,21 @@ def read_dataset(name: str, *, training: bool = False, skip_missing: bool = Fals
     """
     file, metadata = DatasetCatalog[name], MetadataCatalog.get(name)
     if getattr(file, "__module__", "") == "detectron2.data.datasets.coco" and metadata.get("evaluator_type") == "coco":
-        file = CocoFile(metadata.json_file, metadata.image_root)  # registered by detectron2's register_coco_instances
-    if not isinstance(file, CocoFile):
+        annotations = read_coco(metadata.json_file, metadata.image_root)  # registered by register_coco_instances
+    elif isinstance(file, AnnotationSource):
+        annotations = file.read()
+    else:
         return None
-    annotations = file.read()
-    annotations.report.refuse_errors(file.json_file, except_for="images missing" if skip_missing else None)
+    annotations.report.refuse_errors(annotations.path, except_for="images missing" if skip_missing else None)
     if training and annotations.crowd.all():
         what = "only crowd regions" if len(annotations.crowd) else "no boxes"
-        raise UserError(f"{file.json_file} has {what}, so that there is nothing to learn from: annotate some objects.")
+        raise UserError(
+            f"{annotations.path} has {what}, so that there is nothing to learn from: annotate some objects."
+        )
     named = metadata.get("thing_classes")
     if named is not None and list(named) != annotations.class_names:
         raise UserError(
-            f"{name!r} was registered with the classes {_some(named)}, but {file.json_file} has "
+            f"{name!r} was registered with the classes {_some(named)}, but {annotations.path} has "
             f"{_some(annotations.class_names)}: register it with those."
         )
     return annotations

@@ -20,7 +20,8 @@ from PIL import Image
 from scipy.ndimage import map_coordinates
 
 from ..errors import UserError
-from .coco_format import CocoFile, register_coco_file
+from .coco_format import CocoAnnotations, read_coco
+from .registration import AnnotationSource, register_source
 
 __all__ = ["DIGITS_DATASETS", "DIGIT_CLASSES", "register_digits", "write_digits"]
 
@@ -192,12 +193,17 @@ def _write_split(
         json.dump({"images": images, "annotations": annotations, "categories": categories}, f)
 
 
+def _read_digits(root: str, json_file: str, image_root: str) -> CocoAnnotations:
+    write_digits(root)
+    return read_coco(json_file, image_root)
+
+
 def register_digits(root: str) -> None:
     """Register ``digits_train`` and ``digits_val``; the files are written when a dataset is first loaded."""
     for split in _SPLITS:
         json_file, image_root = _dataset_paths(root, split)
-        register_coco_file(
-            CocoFile(json_file, image_root, prepare=partial(write_digits, root)),
+        register_source(
+            AnnotationSource(json_file, image_root, partial(_read_digits, root, json_file, image_root)),
             f"digits_{split}",
             class_names=DIGIT_CLASSES,
             category_ids=range(1, len(DIGIT_CLASSES) + 1),
