@@ -120,10 +120,10 @@ def test_other_formats(tmp_path):
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a\n")
     (tmp_path / "labels" / "train" / "a.txt").write_text("0 0.5 0.5 0.5 0.5\n0 2 2 2 2\n")
     (tmp_path / "data.yaml").write_text("train: images/train\nnames: [dog]\n")
-    result = run_tool("check_dataset", tmp_path, "--split", "train")
+    result = run_tool("check_dataset.py", tmp_path, "--split", "train")
     assert result.returncode == 0 and "1 images, 1 boxes, 1 classes" in result.stdout
-    result = run_tool("check_dataset", tmp_path / "data.yaml", "--split", "train")
+    result = run_tool("check_dataset.py", tmp_path / "data.yaml", "--split", "train")
     assert result.returncode == 1 and "ERROR: labels outside of [0, 1]: 1" in result.stdout
     for arguments in ([tmp_path], [tmp_path / "data.yaml"], [tmp_path / "data.yaml", tmp_path, "--split", "train"]):
-        result = run_tool("check_dataset", *arguments)
+        result = run_tool("check_dataset.py", *arguments)
         assert result.returncode == 1 and "Name a file in COCO's format and its image folder, or" in result.stderr
