@@ -92,6 +92,33 @@ def assert_equal_states(a, b, path=""):
 EMA = ["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.9]
 
 
+def test_a_run_ends_when_its_ap_no_longer_rises(tmp_path, monkeypatch, caplog):
+    """And ends there again when it is resumed, until it is given more patience; then it is what it would have been."""
+    values = {1: 1.0, 2: 3.0, 3: 2.0, 4: 3.0, 5: 2.5, 6: 9.0}  # after each step
+
+    def scripted(trainer):
+        return {"bbox": {"AP": values[min(trainer.iter + 1, len(values))]}}
+
+    monkeypatch.setattr(Trainer, "_evaluate", scripted)
+    options = ["DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 100]
+
+    def run(patience, folder="stopped", resume=False):
+        return train(trainer_config(tmp_path / folder, *options, "SOLVER.PATIENCE", patience), resume)
+
+    with caplog.at_level(logging.WARNING):
+        run(patience=2)
+    assert "Training ends after iteration 3 of 6: the last 2 evaluations have not improved" in caplog.text
+    final = states(tmp_path / "stopped")
+    assert final["trainer"]["iteration"] == 3
+    assert torch.load(tmp_path / "stopped" / "model_best.pth", weights_only=True)["metric"] == 3.0
+    run(patience=2, resume=True)
+    assert_equal_states(states(tmp_path / "stopped"), final)
+    run(patience=4, resume=True)
+    run(patience=0, folder="whole")
+    assert_equal_states(states(tmp_path / "stopped"), states(tmp_path / "whole"))
+    assert torch.load(tmp_path / "stopped" / "model_best.pth", weights_only=True)["metric"] == 9.0
+
+
 @pytest.mark.parametrize("damage", ["none", "truncated", "half-written"])
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(damage, tmp_path, caplog):
     """Model, optimizer, schedule, average, order of the data, augmentation and denoising noise, bit for bit."""
@@ -130,7 +157,7 @@ def test_a_checkpoint_of_another_trainer_is_not_resumed(tmp_path):
 def test_resuming_a_run_of_another_architecture_is_refused(tmp_path):
     train(trainer_config(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)))
     with pytest.raises(UserError, match="of another architecture than the config"):
-        train(trainer_config(tmp_path, "MODEL.SAMDETR.NUM_QUERIES", 5), resume=True)
+        train(trainer_config(tmp_path, "MODEL.SAMDETR.DECODER.FEEDFORWARD_DIM", 50), resume=True)
 
 
 def test_resuming_with_another_optimizer_is_refused(tmp_path):
@@ -154,18 +181,18 @@ def test_the_average_follows_its_formula_and_is_what_is_evaluated(tmp_path):
 
     def recorded():
         step()
-        history.append(trainer.inner_model.query_generator.reference_logits.detach().clone())
+        history.append(trainer.inner_model.query_generator.label_embedding.weight.detach().clone())
 
     trainer._trainer.run_step = recorded
     trainer.train()
     expected = history[0]
     for value in history[1:]:
         expected = 0.9 * expected + 0.1 * value
-    average = trainer.evaluated_model.query_generator.reference_logits
+    average = trainer.evaluated_model.query_generator.label_embedding.weight
     assert torch.allclose(average, expected, atol=1e-6) and not torch.allclose(average, history[-1])
-    model = tiny_model(*DN)
+    model = tiny_model(*DN, *BEYOND)
     CheckedCheckpointer(model, complete=True, use_average=True).load(str(tmp_path / "model_final.pth"))
-    assert torch.equal(model.query_generator.reference_logits, average)
+    assert torch.equal(model.query_generator.label_embedding.weight, average)
 
 
 def test_a_damaged_best_checkpoint_does_not_end_a_resumed_run(tmp_path, monkeypatch, caplog):

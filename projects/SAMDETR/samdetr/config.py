@@ -313,6 +313,8 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9998
+    # End training when this many evaluations in a row (TEST.EVAL_PERIOD) have not improved the best AP; 0: never.
+    cfg.SOLVER.PATIENCE = 0
     # What to do when a loss or gradient is not finite: "stop" training, or "skip" the step (and stop after 100 in a row).
     cfg.SOLVER.NON_FINITE = "stop"
 

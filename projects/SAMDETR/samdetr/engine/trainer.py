@@ -42,8 +42,14 @@ class KeepBest(HookBase):
         self.period = period
         self.metric = metric
         self.best = -math.inf
+        self.without_gain = 0  # evaluations since the best one
 
     def before_train(self):
+        earlier = [line[self.metric] for _, line in sorted(self.trainer.earlier_metrics.items()) if self.metric in line]
+        best = -math.inf
+        for value in earlier:
+            self.without_gain = 0 if value > best else self.without_gain + 1
+            best = max(best, value)
         path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
         if self.trainer.start_iter > 0 and PathManager.isfile(path):
             try:
@@ -66,8 +72,9 @@ class KeepBest(HookBase):
 
     def _keep(self):
         value, iteration = self.trainer.storage.latest().get(self.metric, (math.nan, -1))
+        self.without_gain += 1
         if value > self.best:  # never true of NaN
-            self.best = value
+            self.best, self.without_gain = value, 0
             self.checkpointer.save("model_best", iteration=iteration, metric=value, tag=False)
             logger.info("Best %s so far, %.2f at iteration %d: kept in model_best.pth.", self.metric, value, iteration)
 
@@ -113,6 +120,34 @@ class UpdateAverage(HookBase):
 
     def after_step(self):
         self.trainer.average.update_parameters(self.trainer.inner_model)
+
+
+class StopEarly(HookBase):
+    """End the run, complete, when too many evaluations in a row have not improved the best AP."""
+
+    def __init__(self, patience: int, period: int, keep_best: KeepBest | None):
+        self.patience = patience
+        self.period = period
+        self.keep_best = keep_best  # on the main process, which decides for all
+
+    def before_train(self):
+        self._stop_if_due(self.trainer.start_iter)
+
+    def after_step(self):
+        done = self.trainer.iter + 1
+        if done % self.period == 0 and done < self.trainer.max_iter:
+            self._stop_if_due(done)
+
+    def _stop_if_due(self, done: int):
+        without_gain = self.keep_best.without_gain if self.keep_best is not None else 0
+        without_gain = comm.all_gather(without_gain)[0]
+        if without_gain >= self.patience:
+            logger.warning(
+                "Training ends after iteration %d of %d: the last %d evaluations have not improved the best AP, and "
+                "SOLVER.PATIENCE is %d. A higher one, with a resumed run, goes on from here.",
+                *(done - 1, self.trainer.max_iter, without_gain, self.patience),
+            )
+            self.trainer.max_iter = done
 
 
 class Evaluate(hooks.EvalHook):
@@ -212,6 +247,7 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.evaluation_missed = False
+        self.earlier_metrics: dict[int, dict] = {}  # of a run that is resumed, by iteration
         for name in cfg.DATASETS.TEST:  # before training, so that no mistake in them comes to light hours later
             check_test_dataset(cfg, name, self.description["class_names"])
         self.register_hooks(self.build_hooks())
@@ -266,6 +302,9 @@ class Trainer(DefaultTrainer):
                 # With several datasets, detectron2 names each result after its dataset. The first one decides.
                 metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
                 result.append(KeepBest(best, cfg.TEST.EVAL_PERIOD, metric))
+            if cfg.SOLVER.PATIENCE and cfg.TEST.EVAL_PERIOD:
+                keep_best = result[-1] if comm.is_main_process() else None
+                result.append(StopEarly(cfg.SOLVER.PATIENCE, cfg.TEST.EVAL_PERIOD, keep_best))
         if comm.is_main_process():
             result.append(
                 WriteMetrics(self.build_writers, cfg.OUTPUT_DIR, cfg.TEST.EVAL_PERIOD if cfg.DATASETS.TEST else 0)
@@ -321,7 +360,9 @@ class Trainer(DefaultTrainer):
                     self.before_step()
                     self.run_step()
                     self.after_step()
-                if self.start_iter >= self.max_iter:
+                    if self.iter + 1 >= self.max_iter:  # which may have become less
+                        break
+                if self.start_iter >= self.max_iter or self.max_iter < self.cfg.SOLVER.MAX_ITER:
                     self._complete_final_checkpoint()
                 self.iter = self.max_iter  # by which the hooks know that the run is complete
             finally:
@@ -331,7 +372,7 @@ class Trainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", None)
 
     def _complete_final_checkpoint(self) -> None:
-        """Write ``model_final.pth`` for a run that was complete when it was resumed, if it has no good one."""
+        """Write ``model_final.pth`` for a run that ends early, or was complete when it was resumed, if it has no good one."""
         if not comm.is_main_process():
             return
         try:
@@ -341,7 +382,7 @@ class Trainer(DefaultTrainer):
             logger.warning("%s It is written again.", error)
             good = False
         if not good:
-            self.checkpointer.save("model_final", iteration=self.start_iter - 1)
+            self.checkpointer.save("model_final", iteration=self.max_iter - 1)
 
     def after_train(self):
         self._trainer._data_loader_iter_obj = None  # ends the workers now, not at a later garbage collection
@@ -381,6 +422,7 @@ class Trainer(DefaultTrainer):
         period = self.cfg.TEST.EVAL_PERIOD if self.cfg.DATASETS.TEST else 0
         due = self.start_iter < self.max_iter and period > 0 and self.start_iter % period == 0
         self.evaluation_missed = due and not any("/AP" in key for key in kept.get(step, {}))
+        self.earlier_metrics = kept
 
     def _check_resumable(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.entries.get("trainer")
