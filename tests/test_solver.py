@@ -120,3 +120,17 @@ def test_gradients_are_clipped_before_they_are_unscaled_by_the_same_norm():
         scaler.step(optimizer)
         results.append(parameter.detach().clone())
     assert torch.allclose(*results) and not torch.allclose(results[0], torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("missing", ["exp_avg", "lr"])
+def test_states_that_the_next_step_would_fail_on_are_refused(missing):
+    model = build_model(tiny_config())
+    optimizer = build_optimizer(tiny_config(), model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    del (state["param_groups"][0] if missing == "lr" else state["state"][0])[missing]
+    with pytest.raises(ValueError, match=f"of the optimizer lacks {missing}"):
+        optimizer.load_state_dict(state)

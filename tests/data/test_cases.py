@@ -331,7 +331,7 @@ def test_names_keep_the_joiners_that_languages_write_with(dataset, tmp_path):
 def test_a_name_belongs_to_one_file_and_folder(dataset, tmp_path):
     cfg = dataset(lambda data: None)
     name, json_file, _ = cfg.DATASETS.COCO_FORMAT[0]
-    cfg.DATASETS.COCO_FORMAT = [*cfg.DATASETS.COCO_FORMAT, [name, json_file, "nowhere"]]
+    cfg.DATASETS.COCO_FORMAT = [*cfg.DATASETS.COCO_FORMAT, [name, json_file, str(tmp_path.parent)]]
     with pytest.raises(UserError, match=r"belongs to .*choose another"):
         register_coco_format(cfg)
     cfg.DATASETS.COCO_FORMAT = [["elsewhere", "https://example.org/a.json", str(tmp_path)]]

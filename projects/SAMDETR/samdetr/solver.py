@@ -92,8 +92,19 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
-    """Keep this optimizer's own setting of ``fused`` when it loads a checkpoint."""
+    """Keep this optimizer's own setting of ``fused`` when it loads a checkpoint.
+
+    Raises:
+        ValueError: something is missing without which the next step would fail.
+    """
     own = optimizer.param_groups
+    for kind, entries, needed in (
+        ("parameter group", state_dict["param_groups"], {"lr", "betas", "eps", "weight_decay"}),
+        ("state", state_dict["state"].values(), {"step", "exp_avg", "exp_avg_sq"}),
+    ):
+        missing = {key for entry in entries for key in needed - entry.keys()}
+        if missing:
+            raise ValueError(f"a {kind} of the optimizer lacks {', '.join(sorted(missing))}")
     groups = [{**group, "fused": mine["fused"]} for group, mine in zip(state_dict["param_groups"], own)]
     return {**state_dict, "param_groups": groups}
 
