@@ -6,8 +6,6 @@ reference box, unless refinement is switched off.
 Shapes: B images, Q queries, C model width, M heads, K classes, L decoder layers.
 """
 
-import math
-
 import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from torch.nn import functional as F
 
 from ..ops.runtime import run_layer
 from .cross_attention import build_cross_attention
-from .layers import MLP, FeedForward, xavier_uniform_matrices_
+from .layers import MLP, FeedForward, start_heads_, xavier_uniform_matrices_
 from .position_encoding import sine_embedding
 from .semantics_aligner import build_semantics_aligner
 from .structures import FeatureLevel, Predictions, QueryBatch
@@ -149,11 +147,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in layers)
         self.box_heads = nn.ModuleList(MLP([dim, dim, dim, 4]) for _ in layers)
-        for head in self.class_heads:
-            nn.init.constant_(head.bias, -math.log((1 - prior_prob) / prior_prob))
-        for head in self.box_heads:
-            nn.init.zeros_(head.layers[-1].weight)
-            nn.init.zeros_(head.layers[-1].bias)
+        for class_head, box_head in zip(self.class_heads, self.box_heads):
+            start_heads_(class_head, box_head, prior_prob)
 
     @classmethod
     def from_config(cls, cfg):

@@ -1,10 +1,11 @@
 """Layers that the encoder, the decoder and the heads share."""
 
+import math
 from itertools import pairwise
 
 from torch import Tensor, nn
 
-__all__ = ["MLP", "FeedForward", "xavier_uniform_matrices_"]
+__all__ = ["MLP", "FeedForward", "start_heads_", "xavier_uniform_matrices_"]
 
 
 def xavier_uniform_matrices_(module: nn.Module) -> None:
@@ -12,6 +13,13 @@ def xavier_uniform_matrices_(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
+
+
+def start_heads_(class_head: nn.Linear, box_head: "MLP", prior_prob: float) -> None:
+    """Let every class start with the score ``prior_prob``, and every box where it is refined from."""
+    nn.init.constant_(class_head.bias, -math.log((1 - prior_prob) / prior_prob))
+    nn.init.zeros_(box_head.layers[-1].weight)
+    nn.init.zeros_(box_head.layers[-1].bias)
 
 
 class MLP(nn.Module):

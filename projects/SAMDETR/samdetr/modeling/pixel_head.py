@@ -8,14 +8,12 @@ https://arxiv.org/abs/2211.12860, with a simpler head).
 Shapes: B images, Q queries, C model width, K classes, N pixels of all levels together.
 """
 
-import math
-
 import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 
 from .criterion import SetCriterion
-from .layers import MLP
+from .layers import MLP, start_heads_
 from .levels import flatten_levels, pixel_points
 from .structures import FeatureLevel, ImageTarget, Predictions
 
@@ -45,9 +43,7 @@ class PixelHead(nn.Module):
         self.class_head = nn.Linear(dim, num_classes)
         self.box_head = MLP([dim, dim, dim, 4])
         nn.init.xavier_uniform_(self.projection.weight)
-        nn.init.constant_(self.class_head.bias, -math.log((1 - prior_prob) / prior_prob))
-        nn.init.zeros_(self.box_head.layers[-1].weight)
-        nn.init.zeros_(self.box_head.layers[-1].bias)
+        start_heads_(self.class_head, self.box_head, prior_prob)
 
     @classmethod
     def from_config(cls, cfg):
