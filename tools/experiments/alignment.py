@@ -95,14 +95,17 @@ def measure(model: SAMDETR, inputs: list[dict], targets: dict) -> dict:
 
 
 def measure_run(folder: Path, num_images: int) -> list[dict]:
-    """Measure every checkpoint of a run, in order of the steps."""
+    """Measure a run's regular checkpoints, in order of the steps."""
     checkpoints = sorted(folder.glob("model_*.pth"), key=lambda path: path.name)
     checkpoints = [path for path in checkpoints if re.fullmatch(r"model_\d+\.pth", path.name)]
     if len(checkpoints) < 2:
         raise UserError(f"{folder} has {len(checkpoints)} checkpoints: at least two are needed.", argument="runs")
     results, inputs, before = [], [], None
     for path in checkpoints:
+        step = int(path.stem.split("_")[1]) + 1
         predictor = samdetr.load(path, device="cpu", options=["DATALOADER.NUM_WORKERS", 0])
+        if step % predictor.cfg.SOLVER.CHECKPOINT_PERIOD:
+            continue  # saved when the run was stopped
         if not inputs:
             name = predictor.cfg.DATASETS.TEST[0]
             targets = read_targets(name)
@@ -112,7 +115,7 @@ def measure_run(folder: Path, num_images: int) -> list[dict]:
         if before is not None:
             pairs = [(before[i][box], query) for i, boxes in matched.items() for box, query in boxes.items()]
             found["changed_matches"] = fmean(old != new for old, new in pairs)
-        results.append({"step": int(path.stem.split("_")[1]) + 1, **found})
+        results.append({"step": step, **found})
         before = matched
         print(folder, results[-1], flush=True)
     return results
