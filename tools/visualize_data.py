@@ -82,7 +82,7 @@ def draw(batch: list[dict], cfg) -> Figure:
             scale = torch.tensor([width, height, width, height])
             targets, groups = generator.repeat_targets([ImageTarget(labels, xyxy_to_cxcywh(corners) / scale)])
             noisy_labels, noisy_boxes = generator.add_noise(targets)
-            first = len(noisy_labels[0]) // groups
+            first = len(noisy_labels[0]) // groups // (2 if generator.with_negatives else 1)  # without negatives
             axis = axes[i, 1]
             axis.imshow(pixels(inputs, cfg), alpha=0.6)
             axis.set_title(f"denoising queries, 1 of {groups} groups", fontsize=8)

@@ -110,9 +110,8 @@ def _register(key: str, name: str, source: AnnotationSource, *what: str) -> None
         return
     try:
         annotations = source.read()
-        annotations.report.refuse_errors(
-            annotations.path, except_for="images missing"
-        )  # not every use needs the images
+        # Not every use needs the images.
+        annotations.report.refuse_errors(annotations.path, except_for="images missing")
     except UserError as error:
         raise UserError(f"DATASETS.{key}: {error}") from error
     register_source(source, name, annotations.class_names, annotations.category_ids)
