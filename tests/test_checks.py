@@ -56,6 +56,7 @@ ODD_WIDTH = [
         (["SOLVER.NON_FINITE", "ignore"], r"NON_FINITE is 'ignore': choose from 'stop', 'skip'"),
         (["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "float16"], r"'float16' needs CUDA: use 'bfloat16'"),
         (["SOLVER.ACCUMULATION_STEPS", 17], r"ACCUMULATION_STEPS is 17: it must be between 1 and .*\(16\)"),
+        (["SOLVER.PATIENCE", 3, "TEST.EVAL_PERIOD", 0], r"PATIENCE is 3, but nothing is evaluated during training"),
         (["SOLVER.EMA.DECAY", 1.0], r"EMA\.DECAY is 1\.0: it must be at least 0 and at most 0\.999"),
         (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], r"SAMPLER_TRAIN is 'RepeatFactor"),
         (["MODEL.PIXEL_MEAN", ["a", "b", "c"]], r"PIXEL_MEAN is \['a', 'b', 'c'\]: it must be at least"),

@@ -135,6 +135,11 @@ def _check_solver(cfg: CfgNode) -> None:
             f"SOLVER.ACCUMULATION_STEPS is {cfg.SOLVER.ACCUMULATION_STEPS}: it must be between 1 and "
             f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH})."
         )
+    if cfg.SOLVER.PATIENCE and not (cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST):
+        raise UserError(
+            f"SOLVER.PATIENCE is {cfg.SOLVER.PATIENCE}, but nothing is evaluated during training: set TEST.EVAL_PERIOD and "
+            "DATASETS.TEST, or PATIENCE 0."
+        )
     decay = cfg.SOLVER.WEIGHT_DECAY_BIAS
     if decay is not None and not (isinstance(decay, (int, float)) and 0 <= decay <= 1):
         raise UserError(f"SOLVER.WEIGHT_DECAY_BIAS is {decay}: it must be None or between 0 and 1.")
