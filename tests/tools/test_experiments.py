@@ -145,6 +145,21 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
         scheduler.keep_config(config_of(entry, 1, folder), folder)
 
 
+def test_a_key_that_was_not_there_yet_counts_with_its_default(tmp_path):
+    entry = read_experiment(experiment_file(tmp_path)).runs[0]
+    folder = entry.folder(tmp_path, 1)
+    scheduler.keep_config(config_of(entry, 1, folder), folder)
+    (folder / "stdout.txt").touch()
+    kept = (folder / "experiment.yaml").read_text()
+    assert "  PATIENCE: 0\n" in kept
+    (folder / "experiment.yaml").write_text(kept.replace("  PATIENCE: 0\n", ""))
+    scheduler.keep_config(config_of(entry, 1, folder), folder)
+    (folder / "experiment.yaml").write_text(kept.replace("  PATIENCE: 0\n", ""))
+    entry.options += ["SOLVER.PATIENCE", "3"]
+    with pytest.raises(UserError, match=r"differs in SOLVER\.PATIENCE"):
+        scheduler.keep_config(config_of(entry, 1, folder), folder)
+
+
 def test_results_without_curves_are_refused(tmp_path):
     other = json.dumps([result("other", 1, (1, 1.0, 1.0))])
     for text in ("{", "[{}]", other, '[{"name": "a", "config": "b", "seed": 1, "curve": []}]'):
