@@ -21,10 +21,10 @@ def make_sampler(**options):
 
 
 def test_each_epoch_has_every_image_once():
-    indices = [index for batch in batches(make_sampler(), 5) for _, index in batch]
+    indices = [index for batch in batches(make_sampler(), 5) for _, index, _ in batch]
     assert sorted(indices[:10]) == sorted(indices[10:]) == list(range(10))
     assert indices[:10] != indices[10:]
-    places = [place for batch in batches(make_sampler(), 5) for place, _ in batch]
+    places = [place for batch in batches(make_sampler(), 5) for place, _, _ in batch]
     assert places == list(range(20))
 
 
@@ -39,7 +39,7 @@ def test_a_stream_can_be_entered_anywhere(wide):
 def test_wide_and_high_images_are_not_mixed():
     wide = [index % 3 == 0 for index in range(10)]
     for batch in batches(make_sampler(wide=wide), 12):
-        assert len({wide[index] for _, index in batch}) == 1
+        assert len({wide[index] for _, index, _ in batch}) == 1
 
 
 def test_processes_share_the_batches_of_one():
@@ -98,17 +98,17 @@ def failing(record):
 def test_unreadable_images_stop_with_their_name():
     dataset = SampledDataset([{"file_name": f"{i}.jpg"} for i in range(10)], failing, seed=0, skip_unreadable=False)
     message = '3.jpg cannot be used: image file is truncated. Or set DATALOADER.UNREADABLE_IMAGES "skip".'
-    assert dataset[0, 3] == {"error": message}
+    assert dataset[0, 3, 0] == {"error": message}
 
 
 def test_unreadable_images_are_replaced_and_named():
     dataset = SampledDataset([{"file_name": f"{i}.jpg"} for i in range(10)], failing, seed=0, skip_unreadable=True)
-    sample = dataset[5, 3]
+    sample = dataset[5, 3, 0]
     assert sample["unreadable_files"][0] == "3.jpg" and sample["file_name"] not in ("3.jpg", "7.jpg")
-    assert dataset[5, 3] == sample
-    assert "unreadable_files" not in dataset[0, 1]
+    assert dataset[5, 3, 0] == sample
+    assert "unreadable_files" not in dataset[0, 1, 0]
 
 
 def test_a_dataset_of_unreadable_images_stops():
     dataset = SampledDataset([{"file_name": "3.jpg"}] * 4, failing, seed=0, skip_unreadable=True)
-    assert dataset[0, 0]["error"].startswith("20 images in a row cannot be used, the last is 3.jpg")
+    assert dataset[0, 0, 0]["error"].startswith("20 images in a row cannot be used, the last is 3.jpg")

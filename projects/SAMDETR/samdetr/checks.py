@@ -140,6 +140,11 @@ def _check_solver(cfg: CfgNode) -> None:
             f"SOLVER.PATIENCE is {cfg.SOLVER.PATIENCE}, but nothing is evaluated during training: set TEST.EVAL_PERIOD and "
             "DATASETS.TEST, or PATIENCE 0."
         )
+    if cfg.INPUT.AUGMENTATION_OFF_ITERS > cfg.SOLVER.MAX_ITER:
+        raise UserError(
+            f"INPUT.AUGMENTATION_OFF_ITERS is {cfg.INPUT.AUGMENTATION_OFF_ITERS}, more than SOLVER.MAX_ITER "
+            f"({cfg.SOLVER.MAX_ITER}): lower it."
+        )
     decay = cfg.SOLVER.WEIGHT_DECAY_BIAS
     if decay is not None and not (isinstance(decay, (int, float)) and 0 <= decay <= 1):
         raise UserError(f"SOLVER.WEIGHT_DECAY_BIAS is {decay}: it must be None or between 0 and 1.")
@@ -199,11 +204,12 @@ def _check_input(cfg: CfgNode) -> None:
     for key in ("INPUT.MIN_SIZE_TRAIN", "INPUT.DETR_CROP.MIN_SIZE", "INPUT.DETR_CROP.SIZE", "MODEL.PIXEL_STD"):
         if not len(value_of(cfg, key)):
             raise UserError(f"{key} is empty: give it one value or more.")
-    smallest, *largest = cfg.INPUT.DETR_CROP.SIZE
-    if len(largest) != 1 or smallest > largest[0]:
-        raise UserError(
-            f"INPUT.DETR_CROP.SIZE is {cfg.INPUT.DETR_CROP.SIZE}: it must be the smallest and the largest side."
-        )
+    for key, what in (("DETR_CROP.SIZE", "side"), ("LARGE_SCALE_JITTER.SCALE", "multiple")):
+        smallest, *largest = value_of(cfg.INPUT, key) or (0,)
+        if len(largest) != 1 or smallest > largest[0]:
+            raise UserError(
+                f"INPUT.{key} is {value_of(cfg.INPUT, key)}: it must be the smallest and the largest {what}."
+            )
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(cfg.INPUT.MIN_SIZE_TRAIN) != 2:
         raise UserError(
             f"INPUT.MIN_SIZE_TRAIN is {cfg.INPUT.MIN_SIZE_TRAIN}: with INPUT.MIN_SIZE_TRAIN_SAMPLING 'range' it must be the "

@@ -336,3 +336,19 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     cfg.INPUT.DETR_CROP.PROB = 0.5
     cfg.INPUT.DETR_CROP.MIN_SIZE = (400, 500, 600)
     cfg.INPUT.DETR_CROP.SIZE = (384, 600)
+    # Further augmentation in training, off by default. Photometric: with probability PROB, brightness, contrast and saturation
+    # each change by a factor of up to 1 +- STRENGTH.
+    cfg.INPUT.PHOTOMETRIC = CfgNode()
+    cfg.INPUT.PHOTOMETRIC.PROB = 0.0
+    cfg.INPUT.PHOTOMETRIC.STRENGTH = 0.3
+    # Resize to a multiple, drawn from SCALE, of the size that images would have, and crop what is then larger.
+    cfg.INPUT.LARGE_SCALE_JITTER = CfgNode()
+    cfg.INPUT.LARGE_SCALE_JITTER.ENABLED = False
+    cfg.INPUT.LARGE_SCALE_JITTER.SCALE = (0.5, 2.0)
+    # With these probabilities, an image becomes a mosaic of four, and is blended with another one (samdetr.data.mixing).
+    cfg.INPUT.MOSAIC = CfgNode()
+    cfg.INPUT.MOSAIC.PROB = 0.0
+    cfg.INPUT.MIXUP = CfgNode()
+    cfg.INPUT.MIXUP.PROB = 0.0
+    # Leave out these four in the last iterations.
+    cfg.INPUT.AUGMENTATION_OFF_ITERS = 0

@@ -21,6 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from ..errors import UserError
 from .dataset_mapper import DetrDatasetMapper
 from .datasets import class_names_of, load_records
+from .mixing import Mixing
 from .sampling import MappedDataset, SampledDataset, TrainingBatchSampler
 
 __all__ = ["CheckedLoader", "TrainLoader", "build_test_loader", "build_train_loader", "warn_about_capacity"]
@@ -140,6 +141,7 @@ def build_train_loader(cfg) -> TrainLoader:
         DetrDatasetMapper(cfg, is_train=True),
         seed=seed,
         skip_unreadable=skip_unreadable,
+        **_mixing_and_end(cfg, records),
     )
     sampler = TrainingBatchSampler(
         size=len(records),
@@ -150,6 +152,27 @@ def build_train_loader(cfg) -> TrainLoader:
         world_size=world_size,
     )
     return TrainLoader(dataset, sampler, num_workers=cfg.DATALOADER.NUM_WORKERS)
+
+
+def _mixing_and_end(cfg, records: list[dict]) -> dict:
+    """Return the arguments of :class:`SampledDataset` for mosaic, mixup, and the iterations at the end without augmentation."""
+    arguments = {}
+    mixing = Mixing(mosaic_prob=cfg.INPUT.MOSAIC.PROB, mixup_prob=cfg.INPUT.MIXUP.PROB)
+    if mixing.most_images > 1:
+        arguments["mixing"] = mixing
+        logger.info("Training images are mixed: %s.", mixing)
+        boxes = sorted(len(record.get("annotations", [])) for record in records)[-mixing.most_images :]
+        if cfg.MODEL.META_ARCHITECTURE == "SAMDETR" and sum(boxes) > cfg.MODEL.SAMDETR.NUM_QUERIES:
+            logger.warning(
+                "Mixed images have up to %d boxes, more than MODEL.SAMDETR.NUM_QUERIES (%d): those beyond it are not learned "
+                "in a step.",
+                *(sum(boxes), cfg.MODEL.SAMDETR.NUM_QUERIES),
+            )
+    if cfg.INPUT.AUGMENTATION_OFF_ITERS:
+        arguments["final_from"] = cfg.SOLVER.MAX_ITER - cfg.INPUT.AUGMENTATION_OFF_ITERS
+        logger.info("From iteration %d on, images are not mixed, and augmented by:", arguments["final_from"])
+        arguments["final_mapper"] = DetrDatasetMapper(cfg, is_train=True, strong=False)
+    return arguments
 
 
 def build_test_loader(cfg, dataset_name: str) -> CheckedLoader:

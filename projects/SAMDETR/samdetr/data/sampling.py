@@ -9,6 +9,7 @@ of workers, and several processes share the batches that one process would have.
 import contextlib
 import itertools
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator
 
@@ -42,7 +43,7 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 class TrainingBatchSampler(Sampler):
-    """Yield endless shuffled batches of (place in the stream, index of the image).
+    """Yield endless shuffled batches of (place in the stream, index of the image, number of the batch).
 
     Every process forms the batches of all processes together, and takes its share of each.
 
@@ -75,9 +76,9 @@ class TrainingBatchSampler(Sampler):
         self.rank = rank
         self.world_size = world_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in itertools.islice(self._batches(), self.start, None):
-            yield batch[self.rank :: self.world_size]
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for number, batch in itertools.islice(enumerate(self._batches()), self.start, None):
+            yield [(place, index, number) for place, index in batch[self.rank :: self.world_size]]
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
         buckets: tuple[list, list] = ([], [])
@@ -123,29 +124,56 @@ class SampledDataset(MappedDataset):
         seed: of the augmentation; may be set before iteration starts.
     """
 
-    def __init__(self, records, mapper: Callable[[dict], dict], *, seed: int, skip_unreadable: bool):
+    def __init__(
+        self,
+        records,
+        mapper: Callable[[dict], dict],
+        *,
+        seed: int,
+        skip_unreadable: bool,
+        mixing: Callable[[dict, Callable[[], dict]], dict] | None = None,
+        final_mapper: Callable[[dict], dict] | None = None,
+        final_from: float = math.inf,
+    ):
         """
         Args:
             records, mapper: see :class:`MappedDataset`.
             seed: of the augmentation.
             skip_unreadable: whether to use another image in place of one that cannot be read. The mapped dict then names
                 those left out under ``unreadable_files``.
+            mixing: makes a sample of one and of others, which its second argument draws (:mod:`samdetr.data.mixing`).
+            final_mapper: maps in place of ``mapper``, and without ``mixing``, from the batch of number ``final_from`` on.
         """
         super().__init__(records, mapper)
         self.seed = seed
         self.skip_unreadable = skip_unreadable
+        self.mixing = mixing
+        self.final_mapper = final_mapper
+        self.final_from = final_from
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        place, index = key
+    def __getitem__(self, key: tuple[int, int, int]) -> dict:
+        place, index, batch = key
         unreadable: list[str] = []
-        with seeded(self.seed, place):
+
+        def mapped(index: int) -> dict:
             for _ in range(_ATTEMPTS):
-                mapped = super().__getitem__(index)
-                if "error" not in mapped:
-                    return {**mapped, "unreadable_files": unreadable} if unreadable else mapped
-                if not self.skip_unreadable:
-                    return {"error": f'{mapped["error"]} Or set DATALOADER.UNREADABLE_IMAGES "skip".'}
+                try:
+                    return mapper(self.records[index])
+                except UserError as error:
+                    if not self.skip_unreadable:
+                        raise UserError(f'{error} Or set DATALOADER.UNREADABLE_IMAGES "skip".') from error
                 record = self.records[index]
                 unreadable.append(str(record.get("file_name", record.get("image_id"))))
                 index = random.randrange(len(self))
-        return {"error": f"{_ATTEMPTS} images in a row cannot be used, the last is {unreadable[-1]}."}
+            raise UserError(f"{_ATTEMPTS} images in a row cannot be used, the last is {unreadable[-1]}.")
+
+        final = self.final_mapper is not None and batch >= self.final_from
+        mapper = self.final_mapper if final else self.mapper
+        with seeded(self.seed, place):
+            try:
+                sample = mapped(index)
+                if self.mixing is not None and not final:
+                    sample = self.mixing(sample, lambda: mapped(random.randrange(len(self))))
+            except UserError as error:
+                return {"error": str(error)}
+        return {**sample, "unreadable_files": unreadable} if unreadable else sample
