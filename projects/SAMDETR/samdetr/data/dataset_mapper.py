@@ -18,7 +18,8 @@ __all__ = ["DetrDatasetMapper"]
 class DetrDatasetMapper(DatasetMapper):
     """detectron2's mapper for boxes; it logs the augmentation that it applies.
 
-    In training that is :func:`samdetr.data.augmentation.build_train_augmentation`, all of it if ``strong``. Pictures are read by :func:`samdetr.data.images.open_picture`. Boxes are clipped to the cropped image, and dropped if
+    In training that is :func:`samdetr.data.augmentation.build_train_augmentation`, all of it if ``strong``. Pictures are read
+    by :func:`samdetr.data.images.open_picture`. Boxes are clipped to the cropped image, and dropped if
     nothing is left. An image may end up without boxes.
     """
 
