@@ -15,6 +15,7 @@ from samdetr.data import (
     build_train_loader,
     clean_annotations,
     load_records,
+    resolve_epochs,
 )
 from samdetr.errors import UserError
 
@@ -43,6 +44,39 @@ def test_images_without_boxes_stay(caplog):
     with caplog.at_level(logging.WARNING):
         cleaned = clean_annotations([record_with(), record_with((5, 5, 0, 0))])
     assert [len(record["annotations"]) for record in cleaned] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "iterations", "steps", "others"),
+    [
+        (10, 16, 1250, (1000, 1125), (25, 250, 125, 50)),  # 2000 images
+        (1, 3, 667, (534, 600), (13, 133, 67, 27)),
+        (1, 2000, 1, (1,), (1, 1, 1, 1)),
+    ],
+)
+def test_epochs_become_iterations_of_which_all_else_keeps_its_share(epochs, batch, iterations, steps, others):
+    cfg = tiny_config(
+        *("SOLVER.EPOCHS", epochs, "SOLVER.IMS_PER_BATCH", batch, "SOLVER.MAX_ITER", 1000, "SOLVER.STEPS", (800, 900)),
+        *("SOLVER.WARMUP_ITERS", 20, "SOLVER.CHECKPOINT_PERIOD", 200, "TEST.EVAL_PERIOD", 100),
+        *("INPUT.AUGMENTATION_OFF_ITERS", 40),
+    )
+    cfg.freeze()
+    resolved = resolve_epochs(cfg)
+    assert resolved.SOLVER.MAX_ITER == iterations and resolved.SOLVER.STEPS == steps and resolved.is_frozen()
+    solver = resolved.SOLVER
+    assert others == (
+        *(solver.WARMUP_ITERS, solver.CHECKPOINT_PERIOD, resolved.TEST.EVAL_PERIOD, resolved.INPUT.AUGMENTATION_OFF_ITERS),
+    )
+    assert resolve_epochs(resolved).dump() == resolved.dump()
+    assert cfg.SOLVER.MAX_ITER == 1000
+
+
+def test_without_epochs_nothing_changes_and_no_evaluations_stay_none():
+    cfg = tiny_config("SOLVER.MAX_ITER", 1000)
+    assert resolve_epochs(cfg) is cfg
+    cfg = tiny_config("SOLVER.EPOCHS", 1, "TEST.EVAL_PERIOD", 0, "INPUT.AUGMENTATION_OFF_ITERS", 0)
+    resolved = resolve_epochs(cfg)
+    assert resolved.TEST.EVAL_PERIOD == resolved.INPUT.AUGMENTATION_OFF_ITERS == 0
 
 
 coordinates = st.floats(-200, 200, allow_nan=False)

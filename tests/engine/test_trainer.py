@@ -119,6 +119,12 @@ def test_a_run_ends_when_its_ap_no_longer_rises(tmp_path, monkeypatch, caplog):
     assert torch.load(tmp_path / "stopped" / "model_best.pth", weights_only=True)["metric"] == 9.0
 
 
+def test_epochs_set_the_length_of_run_and_schedule(tmp_path):
+    cfg = trainer_config(tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 500, "SOLVER.STEPS", (3,), "SOLVER.MAX_ITER", 6)
+    trainer = Trainer(cfg)
+    assert trainer.max_iter == trainer.cfg.SOLVER.MAX_ITER == 4 and trainer.cfg.SOLVER.STEPS == (2,)
+
+
 @pytest.mark.parametrize("damage", ["none", "truncated", "half-written"])
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(damage, tmp_path, caplog):
     """Model, optimizer, schedule, average, order of the data, augmentation and denoising noise, bit for bit."""

@@ -128,6 +128,9 @@ def test_mistakes_in_a_run_come_to_light_before_anything_is_trained(tmp_path):
     text = experiment_file(tmp_path).read_text().replace("[MODEL.SAMDETR.NUM_QUERIES, 6]", "[TEST.EVAL_PERIOD, 0]")
     with pytest.raises(UserError, match=r"fast: TEST\.EVAL_PERIOD is 0, so that there is no curve"):
         scheduler.train(read_experiment(experiment_file(tmp_path, text)), tmp_path, [], jobs=1, threads=1, lock=0)
+    text = experiment_file(tmp_path).read_text().replace("[MODEL.SAMDETR.NUM_QUERIES, 6]", "[SOLVER.EPOCHS, 2]")
+    with pytest.raises(UserError, match=r"fast: SOLVER\.EPOCHS is 2, but runs are compared by steps: set MAX_ITER"):
+        scheduler.train(read_experiment(experiment_file(tmp_path, text)), tmp_path, [], jobs=1, threads=1, lock=0)
     assert not list(tmp_path.rglob("metrics.json"))
 
 

@@ -288,6 +288,9 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.WEIGHTS = ""
     cfg.MODEL.TIMM.FREEZE_NORM = False
 
+    # Passes over the training images, from which MAX_ITER is computed; STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD
+    # and INPUT.AUGMENTATION_OFF_ITERS keep their shares of it. 0: MAX_ITER counts.
+    cfg.SOLVER.EPOCHS = 0
     # "AdamW" (samdetr.solver), or "SGD", detectron2's own optimizer, for detectron2's own detectors.
     cfg.SOLVER.OPTIMIZER = "AdamW"
     # AdamW only. The backbone's learning rate is this share of SOLVER.BASE_LR.

@@ -114,6 +114,7 @@ TRAINING_RANGES = {
     "DATALOADER.MAX_UNREADABLE_IMAGES": Range(0),
     "MODEL.BACKBONE.FREEZE_AT": Range(0, 5),
     "SOLVER.MAX_ITER": Range(1, 10**9),
+    "SOLVER.EPOCHS": Range(0, 10**6),
     "SOLVER.IMS_PER_BATCH": Range(1, 65536),
     "SOLVER.BASE_LR": Range(0, 1000, above=True),
     "SOLVER.BASE_LR_END": Range(0, 1000),

@@ -2,7 +2,7 @@
 
 import os
 
-from .build import TrainLoader, build_test_loader, build_train_loader, warn_about_capacity
+from .build import TrainLoader, build_test_loader, build_train_loader, resolve_epochs, warn_about_capacity
 from .coco_format import read_coco
 from .dataset_mapper import DetrDatasetMapper
 from .datasets import class_names_of, clean_annotations, load_records, match_classes, read_dataset
@@ -26,6 +26,7 @@ __all__ = [
     "read_yolo",
     "register_coco_format",
     "register_datasets",
+    "resolve_epochs",
     "warn_about_capacity",
 ]
 

@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import math
 import multiprocessing
 import signal
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from .datasets import class_names_of, load_records
 from .mixing import Mixing
 from .sampling import MappedDataset, SampledDataset, TrainingBatchSampler
 
-__all__ = ["CheckedLoader", "TrainLoader", "build_test_loader", "build_train_loader", "warn_about_capacity"]
+__all__ = ["CheckedLoader", "TrainLoader", "build_test_loader", "build_train_loader", "resolve_epochs", "warn_about_capacity"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,22 +117,7 @@ def build_train_loader(cfg) -> TrainLoader:
             f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a positive multiple of the number of processes "
             f"({world_size})."
         )
-    skip_unreadable = cfg.DATALOADER.UNREADABLE_IMAGES == "skip"
-    class_names = class_names_of(cfg.DATASETS.TRAIN[0])
-    datasets = {
-        name: load_records(name, class_names, training=True, skip_missing=skip_unreadable)
-        for name in cfg.DATASETS.TRAIN
-    }
-    for name, found in datasets.items():
-        warn_about_capacity(cfg, name, found, training=True)
-    records = list(chain.from_iterable(datasets.values()))
-    annotated = all("annotations" in record for record in records)
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and annotated:
-        records = filter_images_with_only_crowd_annotations(records)
-    if not records:
-        raise UserError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image to train on.")
-    if class_names is not None and annotated:
-        print_instances_class_histogram(records, class_names)
+    records = _training_records(cfg)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
@@ -140,7 +126,7 @@ def build_train_loader(cfg) -> TrainLoader:
         DatasetFromList(records, copy=False),  # serialised, so that workers share the memory
         DetrDatasetMapper(cfg, is_train=True),
         seed=seed,
-        skip_unreadable=skip_unreadable,
+        skip_unreadable=cfg.DATALOADER.UNREADABLE_IMAGES == "skip",
         **_mixing_and_end(cfg, records),
     )
     sampler = TrainingBatchSampler(
@@ -152,6 +138,61 @@ def build_train_loader(cfg) -> TrainLoader:
         world_size=world_size,
     )
     return TrainLoader(dataset, sampler, num_workers=cfg.DATALOADER.NUM_WORKERS)
+
+
+def _training_records(cfg) -> list[dict]:
+    """Return the images to train on, and log what is to know about them."""
+    class_names = class_names_of(cfg.DATASETS.TRAIN[0])
+    skip_missing = cfg.DATALOADER.UNREADABLE_IMAGES == "skip"
+    datasets = {
+        name: load_records(name, class_names, training=True, skip_missing=skip_missing) for name in cfg.DATASETS.TRAIN
+    }
+    for name, found in datasets.items():
+        warn_about_capacity(cfg, name, found, training=True)
+    records = list(chain.from_iterable(datasets.values()))
+    annotated = all("annotations" in record for record in records)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and annotated:
+        records = filter_images_with_only_crowd_annotations(records)
+    if not records:
+        raise UserError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image to train on.")
+    if class_names is not None and annotated:
+        print_instances_class_histogram(records, class_names)
+    return records
+
+
+def resolve_epochs(cfg):
+    """Return a config whose lengths in iterations are those of ``cfg.SOLVER.EPOCHS``; ``cfg`` itself if that is 0.
+
+    ``SOLVER.MAX_ITER`` becomes the number of steps that so many passes over ``DATASETS.TRAIN`` take, and ``STEPS``,
+    ``WARMUP_ITERS``, ``CHECKPOINT_PERIOD``, ``TEST.EVAL_PERIOD`` and ``INPUT.AUGMENTATION_OFF_ITERS`` keep their shares of it.
+
+    Raises:
+        UserError: the datasets cannot be used.
+    """
+    if not cfg.SOLVER.EPOCHS:
+        return cfg
+    images = len(_training_records(cfg))
+    iterations = max(1, math.ceil(cfg.SOLVER.EPOCHS * images / cfg.SOLVER.IMS_PER_BATCH))
+    share = iterations / cfg.SOLVER.MAX_ITER
+    resolved = cfg.clone()
+    resolved.defrost()
+    resolved.SOLVER.MAX_ITER = iterations
+    resolved.SOLVER.STEPS = tuple(sorted({max(1, round(step * share)) for step in cfg.SOLVER.STEPS}))
+    for node, key in (
+        (resolved.SOLVER, "WARMUP_ITERS"),
+        (resolved.SOLVER, "CHECKPOINT_PERIOD"),
+        (resolved.TEST, "EVAL_PERIOD"),
+        (resolved.INPUT, "AUGMENTATION_OFF_ITERS"),
+    ):
+        node[key] = max(1, round(node[key] * share)) if node[key] else 0
+    logger.info(
+        "SOLVER.EPOCHS %d of %d images are %d iterations; STEPS %s, WARMUP_ITERS %d, CHECKPOINT_PERIOD %d, EVAL_PERIOD %d.",
+        *(cfg.SOLVER.EPOCHS, images, iterations, resolved.SOLVER.STEPS, resolved.SOLVER.WARMUP_ITERS),
+        *(resolved.SOLVER.CHECKPOINT_PERIOD, resolved.TEST.EVAL_PERIOD),
+    )
+    if cfg.is_frozen():
+        resolved.freeze()
+    return resolved
 
 
 def _mixing_and_end(cfg, records: list[dict]) -> dict:

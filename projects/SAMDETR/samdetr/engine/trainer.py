@@ -16,7 +16,7 @@ from detectron2.utils.logger import setup_logger
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import CheckedCheckpointer, Checkpoint, describe_run
-from ..data import build_test_loader, build_train_loader, load_records, warn_about_capacity
+from ..data import build_test_loader, build_train_loader, load_records, resolve_epochs, warn_about_capacity
 from ..errors import UserError
 from ..modeling.build import build_detector
 from ..solver import autocast, build_optimizer
@@ -219,7 +219,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = resolve_epochs(self.auto_scale_workers(cfg, comm.get_world_size()))
         self.cfg = cfg
         model = self.build_model(cfg)
         freeze_unused_backbone(model)
