@@ -73,6 +73,22 @@ def test_stages_are_frozen_by_their_stride(name, freeze_at, frozen, learning):
         assert found and set(found) == {prefix in learning}, prefix
 
 
+def test_an_fpn_over_it_for_detectron2s_detectors():
+    options = [*TIMM, "resnet18", "MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.FPN.OUT_CHANNELS", 24]
+    levels = ["stride4", "stride8", "stride16", "stride32"]
+    backbone = build_backbone(tiny_config(*options, "MODEL.FPN.IN_FEATURES", levels)).eval()
+    with torch.no_grad():
+        outputs = backbone(torch.randn(1, 3, 64, 128))
+    strides = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+    assert {name: shape.stride for name, shape in backbone.output_shape().items()} == strides
+    assert {name: map.shape for name, map in outputs.items()} == {
+        name: (1, 24, 64 // stride, 128 // stride) for name, stride in strides.items()
+    }
+    for wrong in ([], ["res4"]):
+        with pytest.raises(UserError, match=r"MODEL\.FPN\.IN_FEATURES is .*: choose from stride2, stride4, stride8"):
+            build_backbone(tiny_config(*options, "MODEL.FPN.IN_FEATURES", wrong))
+
+
 def test_frozen_norms_keep_their_statistics_and_activations():
     frozen, plain = (TimmBackbone(name="tf_efficientnet_lite0", freeze_norm=freeze) for freeze in (True, False))
     image = torch.randn(2, 3, 64, 64)

