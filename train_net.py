@@ -52,6 +52,11 @@ def read_config(args):
             f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} CUDA devices."
         )
     processes = max(1, args.num_gpus * args.num_machines)
+    if cfg.MODEL.DEVICE.startswith("cuda:") and (processes > 1 or "LOCAL_RANK" in os.environ):
+        raise UserError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but each process needs a device of its own: set it to 'cuda', and choose "
+            "devices by CUDA_VISIBLE_DEVICES."
+        )
     if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % processes:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a multiple of the number of processes ({processes})."
@@ -114,6 +119,14 @@ def set_up(args, cfg):
                 kept.rename(kept.with_name("config_eval.yaml" if args.eval_only else "config_resumed.yaml"))
             moved.rename(kept)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="samdetr")
+    if cfg.FLOAT32_PRECISION:  # which detectron2 has set for matrix products
+        torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
+    bfloat16 = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "bfloat16" and cfg.MODEL.DEVICE.startswith("cuda")
+    if bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        logger.warning(
+            "%s has no bfloat16 of its own and emulates it, which is slow: use SOLVER.AMP.PRECISION 'float16'.",
+            torch.cuda.get_device_name(),
+        )
 
 
 def run(args):

@@ -62,10 +62,15 @@ def test_epochs_become_iterations_of_which_all_else_keeps_its_share(epochs, batc
     )
     cfg.freeze()
     resolved = resolve_epochs(cfg)
-    assert resolved.SOLVER.MAX_ITER == iterations and resolved.SOLVER.STEPS == steps and resolved.is_frozen()
+    assert iterations == resolved.SOLVER.MAX_ITER and steps == resolved.SOLVER.STEPS and resolved.is_frozen()
     solver = resolved.SOLVER
     assert others == (
-        *(solver.WARMUP_ITERS, solver.CHECKPOINT_PERIOD, resolved.TEST.EVAL_PERIOD, resolved.INPUT.AUGMENTATION_OFF_ITERS),
+        *(
+            solver.WARMUP_ITERS,
+            solver.CHECKPOINT_PERIOD,
+            resolved.TEST.EVAL_PERIOD,
+            resolved.INPUT.AUGMENTATION_OFF_ITERS,
+        ),
     )
     assert resolve_epochs(resolved).dump() == resolved.dump()
     assert cfg.SOLVER.MAX_ITER == 1000

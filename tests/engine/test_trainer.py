@@ -120,7 +120,9 @@ def test_a_run_ends_when_its_ap_no_longer_rises(tmp_path, monkeypatch, caplog):
 
 
 def test_epochs_set_the_length_of_run_and_schedule(tmp_path):
-    cfg = trainer_config(tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 500, "SOLVER.STEPS", (3,), "SOLVER.MAX_ITER", 6)
+    cfg = trainer_config(
+        tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 500, "SOLVER.STEPS", (3,), "SOLVER.MAX_ITER", 6
+    )
     trainer = Trainer(cfg)
     assert trainer.max_iter == trainer.cfg.SOLVER.MAX_ITER == 4 and trainer.cfg.SOLVER.STEPS == (2,)
 

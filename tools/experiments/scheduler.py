@@ -24,7 +24,9 @@ def check_run(entry: Run, cfg) -> None:
         cfg.MODEL.DEVICE = "cpu"  # as train_net.py does
     check_config(cfg, training=True)
     if cfg.SOLVER.EPOCHS:
-        raise UserError(f"{entry.name}: SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS}, but runs are compared by steps: set MAX_ITER.")
+        raise UserError(
+            f"{entry.name}: SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS}, but runs are compared by steps: set MAX_ITER."
+        )
     if not 0 < cfg.TEST.EVAL_PERIOD <= cfg.SOLVER.MAX_ITER:
         raise UserError(
             f"{entry.name}: TEST.EVAL_PERIOD is {cfg.TEST.EVAL_PERIOD}, so that there is no curve: it must be between 1 and "

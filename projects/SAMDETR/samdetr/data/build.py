@@ -25,7 +25,14 @@ from .datasets import class_names_of, load_records
 from .mixing import Mixing
 from .sampling import MappedDataset, SampledDataset, TrainingBatchSampler
 
-__all__ = ["CheckedLoader", "TrainLoader", "build_test_loader", "build_train_loader", "resolve_epochs", "warn_about_capacity"]
+__all__ = [
+    "CheckedLoader",
+    "TrainLoader",
+    "build_test_loader",
+    "build_train_loader",
+    "resolve_epochs",
+    "warn_about_capacity",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +86,8 @@ class TrainLoader(CheckedLoader):
     number of workers.
     """
 
-    def __init__(self, dataset: SampledDataset, batch_sampler: TrainingBatchSampler, *, num_workers: int):
-        super().__init__(dataset, batch_sampler=batch_sampler, num_workers=num_workers)
+    def __init__(self, dataset: SampledDataset, batch_sampler: TrainingBatchSampler, **options):
+        super().__init__(dataset, batch_sampler=batch_sampler, **options)
 
     @property
     def seed(self) -> int:
@@ -137,7 +144,8 @@ def build_train_loader(cfg) -> TrainLoader:
         rank=comm.get_rank(),
         world_size=world_size,
     )
-    return TrainLoader(dataset, sampler, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    pin_memory = cfg.MODEL.DEVICE.startswith("cuda")  # from which copies to the device do not wait
+    return TrainLoader(dataset, sampler, num_workers=cfg.DATALOADER.NUM_WORKERS, pin_memory=pin_memory)
 
 
 def _training_records(cfg) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 
 import numpy as np
@@ -12,6 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
+from ..ops.runtime import upload
 from ..solver import FullModelClippingAdamW, autocast
 from .stops import received_signal
 
@@ -64,12 +66,13 @@ class TrainStep(SimpleTrainer):
         losses = self._backward(data)
         self.after_backward()
         self.scaler.unscale_(self.optimizer)
-        norm = self._measure_gradients()
+        # One transfer of all numbers: each by itself would wait for the device.
+        norm, *values = torch.stack([self._measure_gradients(), *losses.values()]).cpu()
+        losses = dict(zip(losses, values))
         # With a scaler, overflowing gradients are part of its search for a scale, and it skips the step by itself. But once
         # the scale is this small, something else must be wrong.
         searching = self.scaler.is_enabled() and self.scaler.get_scale() >= _SMALLEST_LOSS_SCALE
-        values = list(losses.values()) if searching else [norm, *losses.values()]
-        own = torch.stack(values).isfinite().all().float()
+        own = all(math.isfinite(value) for value in (values if searching else [norm, *values]))
         finite = self._agree(own)
         if finite:
             self._write_metrics(losses, data_time)
@@ -80,18 +83,18 @@ class TrainStep(SimpleTrainer):
             with torch.no_grad():
                 for buffer, value in zip(statistics, before):
                     buffer.copy_(value)
-            self._handle_non_finite(losses, norm, data, bool(own))
+            self._handle_non_finite(losses, norm, data, own)
 
-    def _agree(self, own_is_finite: torch.Tensor) -> torch.Tensor | float:
+    def _agree(self, own_is_finite: bool) -> bool:
         """Decide alike in all processes: return whether all are finite, and set :attr:`agreed_signal`."""
         self.agreed_signal = received_signal() or 0
         if comm.get_world_size() == 1:
             return own_is_finite
-        decision = torch.stack([own_is_finite, own_is_finite.new_tensor(-self.agreed_signal)])
+        decision = upload([float(own_is_finite), -float(self.agreed_signal)], self.device)
         torch.distributed.all_reduce(decision, torch.distributed.ReduceOp.MIN)
         finite, negative_signal = decision.tolist()
         self.agreed_signal = -int(negative_signal)
-        return finite
+        return bool(finite)
 
     def _measure_gradients(self) -> torch.Tensor:
         """Return the joint norm of all gradients."""
@@ -123,10 +126,12 @@ class TrainStep(SimpleTrainer):
             wait = isinstance(self.model, DistributedDataParallel) and not last
             with self.model.no_sync() if wait else contextlib.nullcontext():
                 with self.autocast():
-                    part_losses = {name: loss * share for name, loss in self.model(part, **options).items()}
-                self.scaler.scale(sum(part_losses.values())).backward()
+                    part_losses = self.model(part, **options)
+                total = torch.stack(list(part_losses.values())).sum()
+                self.scaler.scale(total * share).backward()
             for name, loss in part_losses.items():
-                losses[name] = losses.get(name, 0) + loss.detach()
+                loss = loss.detach() * share
+                losses[name] = losses[name] + loss if name in losses else loss
         return losses
 
     def _handle_non_finite(

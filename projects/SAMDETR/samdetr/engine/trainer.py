@@ -227,7 +227,8 @@ class Trainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         self.inner_model = model
         devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE.startswith("cuda") else None
-        model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        model = create_ddp_model(model, device_ids=devices, **options)
         self._trainer = TrainStep(cfg, model, data_loader, optimizer)
         self.average = None
         checkpointables = {}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops.folded_conv import folded_conv2d
+from ..ops.runtime import is_tracing
 
 __all__ = [
     "FoldedConv2d",
@@ -36,12 +37,28 @@ class FoldedConv2d(Conv2d):
         norm = self.norm
         if not isinstance(norm, FrozenBatchNorm2d):  # the norm was replaced later
             return super().forward(x)
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias - norm.running_mean * scale
+        scale, shift = self._scale_and_shift(norm)
         if self.bias is not None:
             shift = shift + self.bias * scale
         x = folded_conv2d(x, self.weight, scale, shift, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
+
+    def _scale_and_shift(self, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+        """Return the norm's scale and shift, (C_out,), which are kept until its buffers change."""
+        buffers = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        if is_tracing() or torch.is_inference_mode_enabled():  # nothing that is made there can be used elsewhere
+            return _scale_and_shift(*buffers, norm.eps)
+        state = [(buffer, buffer._version) for buffer in buffers]
+        kept = self.__dict__.get("_kept")
+        if kept is None or any(a is not c or b != d for (a, b), (c, d) in zip(kept[0], state)):
+            kept = self._kept = state, _scale_and_shift(*buffers, norm.eps)
+        return kept[1]
+
+
+@torch.no_grad()
+def _scale_and_shift(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    scale = weight * (variance + eps).rsqrt()
+    return scale, bias - mean * scale
 
 
 def optimize_backbone(backbone: nn.Module) -> nn.Module:

@@ -11,11 +11,15 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.runtime import upload
 from .boxes import cxcywh_to_xyxy, generalized_iou, iou
 from .matcher import HungarianMatcher, Matches
 from .structures import DenoisingTargets, ImageTarget, Predictions
 
 __all__ = ["NonFinitePredictionError", "SetCriterion"]
+
+
+_WRITING_PERIOD = 20  # iterations between two lines of detectron2's writers
 
 
 class NonFinitePredictionError(FloatingPointError):
@@ -32,7 +36,7 @@ class NonFinitePredictionError(FloatingPointError):
 
 def average_over_processes(values: list[float], device: torch.device) -> Tensor:
     """Return the mean of each value over all processes, as a float32 tensor on ``device``."""
-    result = torch.tensor(values, dtype=torch.float32, device=device)
+    result = upload(values, device, torch.float32)
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(result)
         result = result / comm.get_world_size()
@@ -158,8 +162,11 @@ class SetCriterion:
         class_loss = self.class_loss(logits, class_targets).sum((1, 2, 3))
         l1, giou = self.box_losses(matched_boxes, boxes)
         if has_event_storage() and giou.shape[1]:
-            name = prefix.replace("loss", "samdetr/matched_giou")
-            get_event_storage().put_scalar(name, 1 - giou[-1].detach().mean())
+            storage = get_event_storage()
+            # Reading it waits for a GPU, and so only when the metrics are written.
+            if giou.device.type == "cpu" or (storage.iter + 1) % _WRITING_PERIOD == 0:
+                name = prefix.replace("loss", "samdetr/matched_giou")
+                storage.put_scalar(name, 1 - giou[-1].detach().mean())
         return self.weighted(prefix, class_loss / normalizer, l1.sum(1) / normalizer, giou.sum(1) / normalizer)
 
     def denoising_losses(

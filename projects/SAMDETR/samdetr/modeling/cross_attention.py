@@ -139,7 +139,7 @@ class CrossAttention(DotProductAttention):
 
     def query_and_key(self, query: AlignedQuery, level: FeatureLevel) -> tuple[Tensor, Tensor]:
         # Cheaper to recompute than to keep, since each head has a query of the full width.
-        q = run_layer(self.project_query, query.content, query.position, recompute=True).transpose(1, 2)
+        q = run_layer(self.project_query, query.content, query.position, recompute=True, random=False).transpose(1, 2)
         k = (self.key_content(level.features) + self.key_position(level.position)).flatten(1, 2)
         return q, k[:, None]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.deformable_sampling import deformable_sampling
+from ..ops.runtime import upload
 
 __all__ = ["MultiScaleDeformableAttention"]
 
@@ -77,8 +78,8 @@ class MultiScaleDeformableAttention(nn.Module):
         value = value.unflatten(-1, (self.num_heads, -1))
         offsets = self.sampling_offsets(query).float()
         offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
-        sizes = torch.tensor([(width, height) for height, width in level_sizes], dtype=torch.float32)
-        sizes = sizes.to(query.device)[:, None]  # (V, 1, 2), as (x, y): offsets are in pixels
+        sizes = upload([(width, height) for height, width in level_sizes], query.device, torch.float32)
+        sizes = sizes[:, None]  # (V, 1, 2), as (x, y): offsets are in pixels
         locations = reference_points.float()[..., None, :] + offsets / sizes
         weights = self.attention_weights(query).float().unflatten(-1, (self.num_heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (self.num_levels, self.num_points))

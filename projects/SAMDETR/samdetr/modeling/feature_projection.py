@@ -6,6 +6,7 @@ From here on padding is invisible: a padded map gives at its unpadded pixels wha
 import torch
 from torch import Tensor, nn
 
+from ..ops.runtime import upload
 from .position_encoding import pixel_position_encoding
 from .structures import FeatureLevel
 
@@ -93,7 +94,7 @@ class FeatureProjection(nn.Module):
                 for image_size in image_sizes or ()
             ]
             padded = any(valid_size != size for valid_size in valid)
-            valid_size = torch.tensor(valid if padded else [size], dtype=torch.float32, device=feature.device)
+            valid_size = upload(valid if padded else [size], feature.device, torch.float32)
             position = pixel_position_encoding(size, valid_size, self.dim, self.temperature).to(feature.dtype)
             if self.level_embedding is not None:
                 position = position + self.level_embedding[i]

@@ -6,6 +6,7 @@ Shapes: B images, V levels, N pixels of all levels together, C model width.
 import torch
 from torch import Tensor
 
+from ..ops.runtime import upload
 from .structures import FeatureLevel
 
 __all__ = ["flatten_levels", "pixel_points", "points_in_padded_maps", "replace_features"]
@@ -55,7 +56,7 @@ def points_in_padded_maps(points: Tensor, levels: list[FeatureLevel]) -> Tensor:
     """
     ratios = []
     for level in levels:
-        size = torch.tensor(level.size, dtype=torch.float32, device=points.device)
+        size = upload(level.size, points.device, torch.float32)
         ratios.append((level.valid_size / size).flip(-1))
     ratios = torch.stack(ratios, dim=1)[(slice(None), *[None] * (points.dim() - 2))]  # (B, 1, ..., V, 2)
     return points[..., None, :] * ratios

@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..ops.blocks import blocks
+from ..ops.runtime import upload
 from .boxes import cxcywh_to_xyxy, generalized_iou
 from .structures import ImageTarget, Predictions
 
@@ -96,9 +97,9 @@ class HungarianMatcher:
             first_box += len(target)
         device = predictions.logits.device
         return Matches(
-            image=torch.tensor(images, dtype=torch.long, device=device),
-            query=torch.tensor(queries, dtype=torch.long, device=device),
-            target=torch.tensor(matched, dtype=torch.long, device=device),
+            image=upload(images, device, torch.long),
+            query=upload(queries, device, torch.long),
+            target=upload(matched, device, torch.long),
             finite=finite,
         )
 
@@ -118,7 +119,7 @@ class HungarianMatcher:
         candidates = self.costs(predictions, targets)[:, 0].topk(number, largest=False).indices  # (T, number)
         images = [i for i, target in enumerate(targets) for _ in range(len(target))]
         return Matches(
-            image=torch.tensor(images, dtype=torch.long, device=device).repeat_interleave(number),
+            image=upload(images, device, torch.long).repeat_interleave(number),
             query=candidates.flatten()[None],
             target=torch.arange(len(images), device=device).repeat_interleave(number)[None],
             finite=[True] * len(targets),
@@ -128,7 +129,7 @@ class HungarianMatcher:
         """Return the cost of every pair of a box and a query of the box's image: (T, L, Q) float32."""
         num_layers, _, num_queries = predictions.logits.shape[:3]
         device = predictions.logits.device
-        counts = torch.tensor([len(target) for target in targets], device=device)
+        counts = upload([len(target) for target in targets], device)
         image = torch.repeat_interleave(counts, output_size=sum(len(target) for target in targets))
         labels = torch.cat([target.labels for target in targets])
         boxes = torch.cat([target.boxes for target in targets]).float()

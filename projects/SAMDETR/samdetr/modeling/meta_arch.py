@@ -4,13 +4,13 @@ from itertools import pairwise
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import move_device_like
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, detector_postprocess
 from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..ops.runtime import upload
 from .backbone import optimize_backbone
 from .boxes import xyxy_to_cxcywh
 from .criterion import NonFinitePredictionError, SetCriterion
@@ -195,7 +195,8 @@ class SAMDETR(nn.Module):
 
     def preprocess_images(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images, and pad them at the right and at the bottom to the size of the largest."""
-        images = [move_device_like(inputs["image"], self.pixel_mean) for inputs in batched_inputs]
+        # Training's images wait in pinned memory.
+        images = [inputs["image"].to(self.device, non_blocking=True) for inputs in batched_inputs]
         images = [(image - self.pixel_mean) / self.pixel_std for image in images]
         return ImageList.from_tensors(
             images, self.backbone.size_divisibility, padding_constraints=self.backbone.padding_constraints
@@ -222,7 +223,7 @@ class SAMDETR(nn.Module):
         counts = torch.bincount(image, minlength=len(instances)).tolist()
         return [
             ImageTarget(*target)
-            for target in zip(labels.to(self.device).split(counts), boxes.to(self.device).split(counts))
+            for target in zip(*(upload(values, self.device).split(counts) for values in (labels, boxes)))
         ]
 
     def refuse_targets(self, batched_inputs: list[dict]) -> None:

@@ -12,6 +12,7 @@ import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 
+from ..ops.runtime import upload
 from .criterion import SetCriterion
 from .layers import MLP, start_heads_
 from .levels import flatten_levels, pixel_points
@@ -72,9 +73,8 @@ class PixelHead(nn.Module):
         """Return the box that each pixel starts from, (B, N, 4): its own centre, and its level's size."""
         centres = pixel_points(levels)
         sizes = [self.anchor_size * 2**index for index in range(len(levels))]
-        counts = torch.tensor([level.size[0] * level.size[1] for level in levels])
-        size = torch.tensor(sizes).repeat_interleave(counts).to(centres)
-        return torch.cat([centres, size[:, None].expand_as(centres)], dim=-1)
+        sizes = [centres.new_full((level.size[0] * level.size[1], 2), size) for level, size in zip(levels, sizes)]
+        return torch.cat([centres, torch.cat(sizes).expand_as(centres)], dim=-1)
 
     def forward(self, levels: list[FeatureLevel]) -> Predictions:
         """Predict at every pixel, as one decoder layer does for its queries: (1, B, N, K) and (1, B, N, 4)."""
@@ -111,7 +111,7 @@ class EncoderSelection(PixelHead):
             predictions = None
             features = features.gather(1, selected.expand(-1, -1, features.shape[-1]))
             boxes = self.box_logits(features, anchors.gather(1, selected.expand(-1, -1, 4)))
-        whole_image = boxes.new_tensor([0.5, 0.5, _LARGEST, _LARGEST]).logit()
+        whole_image = upload([0.5, 0.5, _LARGEST, _LARGEST], boxes.device).logit()
         is_pixel = scores[..., None] > _LOWEST_LOGIT
         return torch.where(is_pixel, boxes, whole_image).detach(), predictions
 

@@ -3,20 +3,30 @@
 The first half of the channels belongs to y, the second half to x; sines and cosines are interleaved.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
+from ..ops.runtime import is_tracing
+
 __all__ = ["pixel_position_encoding", "sine_embedding"]
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is made in inference mode could not be used in training
+def _wave_constants(dim: int, temperature: float, device: torch.device) -> Tensor:
+    """Return what the angles of a sine embedding's channels are divided by: (dim / 2,)."""
+    return temperature ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
 def _sine_embedding_1d(coordinate: Tensor, dim: int, temperature: float) -> Tensor:
     """Embed (...) coordinates into (..., dim). The highest-frequency sine completes one period over [0, 1]."""
     if dim % 2:
         raise ValueError(f"A sine embedding needs an even number of channels per coordinate, not {dim}.")
-    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=coordinate.device) / dim
-    angle = (2 * math.pi * coordinate.float())[..., None] / temperature**exponent
+    constants = _wave_constants.__wrapped__ if is_tracing() else _wave_constants
+    angle = (2 * math.pi * coordinate.float())[..., None] / constants(dim, temperature, coordinate.device)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 

@@ -3,6 +3,7 @@
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from ..ops.runtime import upload
 from .boxes import cxcywh_to_xyxy
 
 __all__ = ["best_pairs", "select_detections"]
@@ -44,6 +45,6 @@ def select_detections(
     for *image_detections, (height, width) in zip(*best_pairs(logits, boxes, max_detections), image_sizes):
         result = Instances((height, width))
         result.scores, result.pred_classes, corners, result.query_indices = image_detections
-        result.pred_boxes = Boxes(corners * corners.new_tensor([width, height, width, height]))
+        result.pred_boxes = Boxes(corners * upload([width, height, width, height], corners.device))
         detections.append(result)
     return detections

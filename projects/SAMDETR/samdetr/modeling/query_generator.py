@@ -9,6 +9,7 @@ from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from ..ops.runtime import upload
 from .pixel_head import EncoderSelection
 from .structures import DenoisingTargets, FeatureLevel, ImageTarget, QueryBatch
 
@@ -212,7 +213,7 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
                 chosen = torch.randperm(len(target), device=device)[:slots]
             labels[i, :count] = target.labels[chosen]
             boxes[i, :count] = target.boxes[chosen]
-        valid = torch.arange(slots, device=device) < torch.tensor(counts, device=device)[:, None]
+        valid = torch.arange(slots, device=device) < upload(counts, device)[:, None]
         repeats, negative = num_groups, None
         if self.with_negatives:
             repeats = 2 * num_groups

@@ -7,14 +7,13 @@ its position query. Queries and keys then live in the same space.
 Shapes: B images, Q queries, C model width, M heads, S bins along each side of a pooled box, H x W the feature map.
 """
 
-import torch
 from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.roi_align import linear_interpolation_weights, roi_align, roi_align_weights, sample_separably
-from ..ops.runtime import run_layer, to_autocast_dtype
+from ..ops.runtime import exact_products, run_layer, to_autocast_dtype
 from .layers import MLP, xavier_uniform_matrices_
 from .position_encoding import sine_embedding
 from .structures import AlignedQuery, FeatureLevel
@@ -121,8 +120,8 @@ class SemanticsAligner(nn.Module):
         sampled = self.resample(features, rows, columns, local_keypoints)
         return AlignedQuery(
             # Gates and sine embeddings are cheap to recompute and large to keep.
-            content=run_layer(self.gated_content, sampled, content, recompute=True),
-            position=run_layer(self.gated_position, keypoints.detach(), content, recompute=True),
+            content=run_layer(self.gated_content, sampled, content, recompute=True, random=False),
+            position=run_layer(self.gated_position, keypoints.detach(), content, recompute=True, random=False),
             keypoints=keypoints,
             gaussian_scales=gaussian_scales,
         )
@@ -169,7 +168,7 @@ class SemanticsAligner(nn.Module):
         bins = ((keypoints + 1) * self.pooled_size - 1) / 2
         in_columns, in_rows = linear_interpolation_weights(bins, self.pooled_size).unbind(-2)  # (B, Q, M, S) each
         # Pooling and sampling are both separable and linear, so the pooled features of full width need not exist.
-        with torch.autocast(features.device.type, enabled=False):
+        with exact_products(features.device):
             rows, columns = in_rows @ rows, in_columns @ columns  # (B, Q, M, H or W)
         sampled = sample_separably(features, rows.flatten(1, 2), columns.flatten(1, 2))
         return sampled.unflatten(1, keypoints.shape[1:3])

@@ -40,28 +40,25 @@ def deformable_sampling(
         # In mixed precision the locations stay in float32, and the product needs one dtype.
         exact, weights = value.to(locations.dtype), weights.to(locations.dtype)
         return _DeformableSampling.apply(exact, level_sizes, locations, weights).to(value.dtype)
-    return run_layer(deformable_sampling_plain, value, level_sizes, locations, weights, recompute=True)
+    return run_layer(deformable_sampling_plain, value, level_sizes, locations, weights, recompute=True, random=False)
 
 
 def deformable_sampling_plain(
     value: Tensor, level_sizes: list[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Compute :func:`deformable_sampling` with ``grid_sample``, level by level."""
+    """Compute :func:`deformable_sampling` with ``grid_sample``, level by level, in the precision of the locations."""
     batch, _, heads, channels = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     grid = 2 * locations - 1
-    weights = weights.permute(0, 2, 3, 1, 4).flatten(0, 1).to(value.dtype)  # (B M, V, Q, P)
-    result = value.new_zeros(batch * heads, channels, queries)
-    parts = value.split([height * width for height, width in level_sizes], dim=1)
+    weights = weights.permute(0, 2, 3, 1, 4).flatten(0, 1).to(locations.dtype)  # (B M, V, Q, P)
+    result = locations.new_zeros(batch * heads, channels, queries)
+    parts = value.to(locations.dtype).split([height * width for height, width in level_sizes], dim=1)
     for level, ((height, width), part) in enumerate(zip(level_sizes, parts)):
         maps = part.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
         level_grid = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)  # (B M, Q, P, 2)
-        # In mixed precision the locations stay in float32, and grid_sample needs one dtype.
-        samples = F.grid_sample(
-            maps.to(level_grid.dtype), level_grid, mode="bilinear", padding_mode="zeros", align_corners=False
-        ).to(value.dtype)
+        samples = F.grid_sample(maps, level_grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         result = result + (samples * weights[:, None, level].view(-1, 1, queries, points)).sum(-1)
-    return result.view(batch, heads * channels, queries).transpose(1, 2)
+    return result.view(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
 
 
 def sampling_matrix(level_sizes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

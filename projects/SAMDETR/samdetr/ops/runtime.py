@@ -1,12 +1,14 @@
 """Ask how the code is being run, and choose precision and recomputation accordingly."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["is_tracing", "run_layer", "to_autocast_dtype"]
+__all__ = ["exact_products", "is_tracing", "run_layer", "to_autocast_dtype", "upload"]
 
 
 def is_tracing() -> bool:
@@ -20,8 +22,40 @@ def to_autocast_dtype(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def run_layer(layer: Callable, *args, recompute: bool):
-    """Call ``layer(*args)``; with ``recompute``, recompute its activations in the backward pass instead of keeping them."""
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Compute matrix products in float32 as such inside this context, without mixed precision and TF32.
+
+    Their backward pass, which comes later, is computed as everything else is.
+    """
+    precision = torch.get_float32_matmul_precision()
+    change = precision != "highest" and not is_tracing()
+    if change:
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if change:
+            torch.set_float32_matmul_precision(precision)
+
+
+def run_layer(layer: Callable, *args, recompute: bool, random: bool = True):
+    """Call ``layer(*args)``; with ``recompute``, recompute its activations in the backward pass instead of keeping them.
+
+    ``random`` tells whether the layer may draw random numbers, which are then the same when it is recomputed.
+    """
     if recompute and torch.is_grad_enabled() and not is_tracing():
-        return checkpoint(layer, *args, use_reentrant=False)
+        return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=random)
     return layer(*args)
+
+
+def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return Python numbers, or a tensor on the CPU, as a tensor on ``device``, without waiting until it has arrived.
+
+    A copy to CUDA from memory that is not pinned would wait for all that the device has yet to do.
+    """
+    values = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=device.type != "cpu")

@@ -1,0 +1,64 @@
+"""tools/measure/cuda_cost.py: what a training step costs on a GPU can only become less; and every operation works there."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT
+from processes import environment
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from cuda_cost import measure
+import samdetr
+for name in sys.argv[2:]:
+    cfg = samdetr.load_config(name, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"])
+    cost = measure(cfg, (128, 160), 2, 5)
+    print(json.dumps([name, dict(cost.waits), sum(cost.operations.values()), cost.peak / 2**30]))
+"""
+# Operations per step of two padded images, which may only become fewer; see docs/performance.md.
+OPERATIONS = {
+    "sam_detr_R_50_1x": 3520,
+    "sam_detr_smca_R_50_DC5_1x": 3860,
+    "sam_detr_pp_smca_dn_R_50_1x": 4680,
+    "sam_detr_plus_R_50_1x": 5410,
+}
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """A process of its own, because torch has one pretended device per process."""
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(ROOT / "tools" / "measure"), *OPERATIONS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_host_waits_for_costs_and_for_the_losses_only(name, costs):
+    waits, _, _ = costs[name]
+    matchings = 2 if "plus" in name else 1  # of the decoder's queries, and of the pixels that are selected
+    files = {}
+    for place, count in waits.items():
+        file = place.split(":")[0]
+        files[file] = files.get(file, 0) + count
+    assert files == {"modeling/criterion.py": matchings, "engine/train_step.py": 1}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_only_become_fewer(name, costs):
+    _, operations, gibibytes = costs[name]
+    assert OPERATIONS[name] * 0.9 < operations <= OPERATIONS[name]  # lower the ceiling when it has sunk
+    assert 0.3 < gibibytes < 2.5  # weights, gradients and moments alone are 0.8
+
+
+def test_only_this_projects_model_is_counted(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "measure" / "cuda_cost.py"), "--config-file"]
+    done = subprocess.run(
+        [*command, "baselines/faster_rcnn_R_50_FPN_1x"], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: MODEL.META_ARCHITECTURE is 'GeneralizedRCNN'")
