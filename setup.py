@@ -3,10 +3,11 @@
 detectron2 is on no package index. Its build needs torch already installed, and so pip must build without isolation:
 
     pip install "setuptools<82" wheel ninja torch torchvision
-    pip install --no-build-isolation -e ".[test,demo]"
+    CUDA_VISIBLE_DEVICES="" pip install --no-build-isolation -e ".[test,demo]"
 
-A detectron2 that is already installed is used as it is. ``DETECTRON2=<path or requirement>`` in the environment takes
-detectron2 from there instead of from its repository.
+Without GPUs in sight, detectron2 leaves out its CUDA ops, which this project does not need. A detectron2 that is already
+installed is used as it is. ``DETECTRON2=<path or requirement>`` in the environment takes detectron2 from there instead of from
+its repository.
 """
 
 import os

@@ -40,6 +40,13 @@ def test_training_writes_checkpoints_metrics_and_logs(trained_run):
     assert metrics[5]["epoch"] == pytest.approx(6 * 4 / 2000)  # six steps of four of the 2000 images
 
 
+def test_a_device_by_number_is_for_one_process():
+    """A run on the CPU, since this is refused before CUDA is looked at."""
+    refused = train_net("--num-gpus", 2, "MODEL.DEVICE", "cuda:1", "SOLVER.IMS_PER_BATCH", 4)
+    assert refused.returncode == 1
+    assert "MODEL.DEVICE is 'cuda:1', but each process needs a device of its own" in refused.stderr.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_eval_only_gives_the_reported_ap(trained_run, tmp_path):
     folder, printed = trained_run

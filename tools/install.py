@@ -26,7 +26,11 @@ def stop(message: str) -> None:
 
 def run(arguments: list[str], failure: str) -> None:
     print("+", " ".join(arguments), flush=True)
-    if subprocess.run(arguments, cwd=ROOT).returncode:
+    # Where it sees a GPU and an nvcc, detectron2 would build its CUDA ops, which fails if the nvcc does not fit torch; none of
+    # them is needed here.
+    if subprocess.run(
+        arguments, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "FORCE_CUDA": "0"}
+    ).returncode:
         stop(failure)
 
 

@@ -1,5 +1,7 @@
 """samdetr.modeling.backbone: DC5 by torchvision's rule, the small ResNet, folded norms."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -46,6 +48,35 @@ def test_a_norm_that_is_replaced_is_not_folded():
     module.norm = torch.nn.BatchNorm2d(8)
     output = module(torch.randn(4, 6, 9, 7))
     assert module.norm.num_batches_tracked == 1 and output.shape == (4, 8, 5, 4)
+
+
+def test_kept_scales_follow_the_norms_buffers():
+    """Whatever changes them, and whatever mode the scales were made in."""
+    module = optimize_backbone(Conv2d(6, 8, 3, bias=True, norm=FrozenBatchNorm2d(8)))
+    x = torch.randn(2, 6, 9, 7)
+
+    def check(module, x):
+        plain = Conv2d.forward(module, x)
+        assert torch.allclose(module(x), plain, atol=1e-5)
+        assert torch.allclose(module(x), plain, atol=1e-5)  # by the kept ones
+        return plain
+
+    with torch.inference_mode():
+        first = check(module, x)
+    assert torch.equal(module(x), module(x)) and module(x).requires_grad
+    module(x).sum().backward()
+    other = {name: torch.rand_like(value) + 0.5 for name, value in module.state_dict().items()}
+    module.load_state_dict(other)
+    second = check(module, x)
+    assert not torch.allclose(first, second)
+    module.load_state_dict({name: torch.rand_like(value) + 0.5 for name, value in other.items()}, assign=True)
+    assert not torch.allclose(check(module, x), second)
+    module.norm.running_var.mul_(4)
+    check(module, x)
+    copied = copy.deepcopy(module)
+    copied.norm.weight.mul_(3)
+    assert not torch.allclose(check(copied, x), check(module, x))
+    assert check(module.double(), x.double()).dtype == torch.float64
 
 
 def test_norms_that_learn_are_not_folded():

@@ -14,6 +14,14 @@ def test_point_embedding(dim):
     assert torch.allclose(sine_embedding(points, dim, 10000.0), expected, atol=1e-5)
 
 
+def test_what_was_first_embedded_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        sine_embedding(torch.rand(5, 2), 12, 777.0)
+    points = torch.rand(5, 2, requires_grad=True)
+    sine_embedding(points, 12, 777.0).sum().backward()
+    assert points.grad.abs().sum() > 0
+
+
 def test_pixels_are_embedded_at_their_centres_in_the_valid_part():
     valid_size = torch.tensor([[3.0, 4.0], [5.0, 6.0]])
     encoding = pixel_position_encoding((5, 6), valid_size, 8, 20.0)
