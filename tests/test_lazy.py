@@ -29,6 +29,7 @@ def is_samdetr(path):
 PATHS = [path for folder in ("", "baselines") for path in (ROOT / "configs" / folder).glob("*.yaml")]
 NAMES = sorted(str(path.relative_to(ROOT / "configs").with_suffix("")) for path in PATHS if "Base-" not in path.stem)
 NAMES = [name for name in NAMES if is_samdetr(name)]  # detectron2 ships Python configs of its own detectors
+NAMES.append("bccd/sam_detr_plus_bccd")  # the other models of that folder differ from it as those above do
 
 
 def load_lazy(name):
@@ -95,11 +96,13 @@ def test_every_shipped_python_config_has_a_yaml_twin():
             "sam_detr_digits",
             "sam_detr_pp_digits",
             "baselines/conditional_detr_R_50_1x",
+            "bccd/sam_detr_plus_bccd",
         ),
     }
     assert found <= set(NAMES)
 
 
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")  # weights of a package, on no device
 @pytest.mark.parametrize("name", NAMES)
 def test_yaml_and_python_give_the_same_model_and_schedule(name):
     lazy, cfg = python_twin(name), load_config(name, "MODEL.DEVICE", "meta")

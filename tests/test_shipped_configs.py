@@ -44,17 +44,23 @@ EXPERIMENTS = sorted(
 )
 
 
+BCCD = ["sam_detr_plus_bccd", "sam_detr_smca_bccd", "detr_baseline_bccd", "faster_rcnn_bccd"]
+
+
 def test_every_config_is_known():
     found = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     others = {
         "Base-SAMDETR",
         "Base-SAMDETR-DC5",
         "Base-SAMDETR-pp",
+        "Base-fine-tuning",
         "sam_detr_digits",
         "sam_detr_pp_digits",
         "sam_detr_plus_digits",
     }
     assert found == {*COCO_CONFIGS, *PLUS_CONFIGS} | others
+    bccd = {path.stem for path in (ROOT / "configs" / "bccd").glob("*.yaml")}
+    assert bccd == {"Base-BCCD", *BCCD}
     baselines = {path.stem for path in (ROOT / "configs" / "baselines").glob("*.yaml")} - {"Base-Detectron2"}
     assert baselines == {f"{name}_1x" for name in (*DETECTRON2_BASELINES, *DETR_BASELINES)}
 
@@ -109,11 +115,11 @@ def test_fcos_is_detectron2s():
     assert torch.equal(ours.pixel_mean, theirs.pixel_mean) and config.optimizer.lr == cfg.SOLVER.BASE_LR
 
 
-def train_two_steps(cfg):
+def train_two_steps(cfg, label=7):
     """Train, check that something has been learned, evaluate; return the model and the optimizer."""
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
-    inputs = [make_input(64, 96, [(5, 5, 40, 50)], [7]), make_input(80, 64)]
+    inputs = [make_input(64, 96, [(5, 5, 40, 50)], [label]), make_input(80, 64)]
     before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
     with EventStorage():
         for _ in range(2):
@@ -136,6 +142,16 @@ def test_baselines_train_and_evaluate(name):
     options += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.RPN.POST_NMS_TOPK_TEST", 16]  # for speed
     _, optimizer = train_two_steps(load_config(f"baselines/{name}_1x", *options))
     assert isinstance(optimizer, torch.optim.SGD) == (name in DETECTRON2_BASELINES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BCCD)
+def test_bccd_models_train_and_evaluate(name):
+    cfg = load_config(f"bccd/{name}")
+    model, _ = train_two_steps(cfg, label=2)
+    network = model.backbone.network if "detr" in name else model.backbone.bottom_up.network
+    assert not network.conv_stem.weight.requires_grad and network.blocks[6][0].conv_pwl.weight.requires_grad
+    assert cfg.DATASETS.VOC_FORMAT == [[f"bccd_{split}", "BCCD", split] for split in ("train", "val", "test")]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

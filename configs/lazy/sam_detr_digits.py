@@ -4,25 +4,17 @@ import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 
 from samdetr.modeling.backbone import make_mini_stages
-from samdetr.modeling.query_generator import LearnedQueryGenerator
 
 from .common.coco import dataloader
-from .common.models import decoder_layer, model, use_smca
+from .common.models import make_small, model, use_smca
 from .common.schedule import multi_step, optimizer, train
-
-DIM, NUM_HEADS = 96, 4
 
 model.backbone.stem.update(out_channels=32, norm="BN")
 model.backbone.stages = L(make_mini_stages)(in_channels=32, out_channels=32, norm="BN")
 model.backbone.freeze_at = 0
 model.in_features = ["res3"]
-model.feature_projection.update(in_channels=[64], strides=[8], dim=DIM)
-model.encoder.update(dim=DIM, num_heads=NUM_HEADS, feedforward_dim=256, num_layers=1)
-model.query_generator = L(LearnedQueryGenerator)(num_queries=30, dim=DIM)
-model.decoder.dim = DIM
-model.decoder.layers = [decoder_layer(DIM, NUM_HEADS, feedforward_dim=256) for _ in range(3)]
-for layer in model.decoder.layers:
-    layer.aligner.hidden_dims = [128, 128, 128]
+model.feature_projection.update(in_channels=[64], strides=[8])
+make_small(model, dim=96, num_heads=4, num_queries=30)
 model.num_classes = 10
 use_smca(model)
 

@@ -20,6 +20,7 @@ from samdetr.modeling.meta_arch import SAMDETR
 from samdetr.modeling.pixel_head import DenseHead, EncoderSelection
 from samdetr.modeling.query_generator import DenoisingQueryGenerator, LearnedQueryGenerator
 from samdetr.modeling.semantics_aligner import IdentityAligner, SemanticsAligner
+from samdetr.modeling.timm_backbone import TimmBackbone
 
 DIM, NUM_HEADS, TEMPERATURE = 256, 8, 10000.0
 FOCAL = {"focal_alpha": 0.25, "focal_gamma": 2.0}
@@ -69,6 +70,31 @@ model = L(SAMDETR)(
 )
 
 
+def make_small(model, dim: int, num_heads: int, num_queries: int, feedforward_dim: int = 256) -> None:
+    """Use one encoder layer and three decoder layers, of another width."""
+    model.feature_projection.dim = dim
+    model.encoder.update(dim=dim, num_heads=num_heads, feedforward_dim=feedforward_dim, num_layers=1)
+    model.query_generator = L(LearnedQueryGenerator)(num_queries=num_queries, dim=dim)
+    model.decoder.dim = dim
+    model.decoder.layers = [decoder_layer(dim, num_heads, feedforward_dim) for _ in range(3)]
+    for layer in model.decoder.layers:
+        layer.aligner.hidden_dims = [128, 128, 128]
+
+
+def use_timm(model, name: str, feature: str, channels: int, **options) -> None:
+    """Use a network of timm and one of its features, such as "stride16".
+
+    Args:
+        model: changed in place.
+        name: of the network.
+        feature, channels: which of its features, and how many channels that has.
+        options: see :class:`samdetr.modeling.timm_backbone.TimmBackbone`.
+    """
+    model.backbone = L(TimmBackbone)(name=name, **options)
+    model.in_features = [feature]
+    model.feature_projection.update(in_channels=[channels], strides=[int(feature.removeprefix("stride"))])
+
+
 def use_dc5(model) -> None:
     """Use res5 at stride 16."""
     model.backbone.stages = L(make_dc5_stages)(depth=50, **RESNET)
@@ -108,15 +134,15 @@ def use_smca(model) -> None:
     use_cross_attention(model, SMCACrossAttention, gaussian_beta=8.0)
 
 
-def use_denoising(model) -> None:
+def use_denoising(model, num_groups: int = 5, max_denoising_queries: int = 500) -> None:
     """Add DN-DETR's denoising queries."""
     queries = model.query_generator
     model.query_generator = L(DenoisingQueryGenerator)(
         num_queries=queries.num_queries,
         dim=queries.dim,
         num_classes="${..num_classes}",
-        num_groups=5,
-        max_denoising_queries=500,
+        num_groups=num_groups,
+        max_denoising_queries=max_denoising_queries,
         box_noise=0.4,
         label_noise=0.2,
     )
