@@ -151,7 +151,7 @@ def test_bccd_models_train_and_evaluate(name):
     model, _ = train_two_steps(cfg, label=2)
     network = model.backbone.network if "detr" in name else model.backbone.bottom_up.network
     assert not network.conv_stem.weight.requires_grad and network.blocks[6][0].conv_pwl.weight.requires_grad
-    assert cfg.DATASETS.VOC_FORMAT == [[f"bccd_{split}", "BCCD", split] for split in ("train", "val", "test")]
+    assert [[f"bccd_{split}", "BCCD", split] for split in ("train", "val", "test")] == cfg.DATASETS.VOC_FORMAT
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
