@@ -54,7 +54,7 @@ DN = ["MODEL.SAMDETR.QUERY_GENERATOR.NAME", "DenoisingQueryGenerator"]
 # What goes beyond the paper: reference boxes selected from the encoder, and a dense head.
 BEYOND = [
     *("MODEL.SAMDETR.QUERY_GENERATOR.SELECT_FROM_ENCODER", True, "MODEL.SAMDETR.DENSE_HEAD.ENABLED", True),
-    *("MODEL.SAMDETR.ANCHOR_SIZE", 0.2),
+    *("MODEL.SAMDETR.ANCHOR_SIZE", 0.2, "MODEL.SAMDETR.QUERY_GENERATOR.CONTENT_FROM_ENCODER", True),
 ]
 
 

@@ -27,6 +27,10 @@ ODD_WIDTH = [
             ["MODEL.SAMDETR.CROSS_ATTENTION.NAME", "SMCA"],
             r"CROSS_ATTENTION\.NAME is 'SMCA', which is not registered; there are: .*SMCACrossAttention",
         ),
+        (
+            ["MODEL.SAMDETR.QUERY_GENERATOR.CONTENT_FROM_ENCODER", True],
+            r"CONTENT_FROM_ENCODER is True, but nothing is selected there: set SELECT_FROM_ENCODER True",
+        ),
         (["MODEL.SAMDETR.ALIGNER.NAME", "X"], r"ALIGNER\.NAME is 'X'.*IdentityAligner, SemanticsAligner"),
         (["MODEL.SAMDETR.ENCODER.NAME", "X"], r"ENCODER\.NAME is 'X'.*DeformableTransformerEncoder"),
         (["MODEL.SAMDETR.QUERY_GENERATOR.NAME", "X"], r"QUERY_GENERATOR\.NAME is 'X'.*DenoisingQueryGenerator"),

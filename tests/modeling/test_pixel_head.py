@@ -67,7 +67,8 @@ def test_every_pixel_predicts_from_its_own_place():
 def test_the_best_pixels_of_each_image_are_selected_and_padding_never_is(training):
     head = make_head(EncoderSelection).train(training)
     levels = make_levels(valid=[(3, 5), (2, 3)])
-    selected, predictions = head.select(levels, num_queries=7)
+    selected, content, predictions = head.select(levels, num_queries=7)
+    assert content is None
     assert selected.shape == (2, 7, 4) and not selected.requires_grad
     for image in range(2):
         logits, boxes = plain_predictions(head, levels, image)
@@ -82,17 +83,34 @@ def test_the_best_pixels_of_each_image_are_selected_and_padding_never_is(trainin
 
 
 def test_fewer_pixels_than_queries():
-    """The remaining queries look at the whole image, in a padded batch just as alone."""
-    head = make_head(EncoderSelection).eval()
+    """The remaining queries look at the whole image and have no contents, in a padded batch just as alone."""
+    head = make_head(EncoderSelection, with_content=True).eval()
     levels = make_levels(sizes=((3, 3),), valid=[(1, 2)])
-    together, _ = head.select(levels, num_queries=20)
+    together, content, _ = head.select(levels, num_queries=20)
     (level,) = levels
     cut = FeatureLevel(level.features[1:, :1, :2], level.position[:, :1, :2], level.valid_size[1:])
-    alone, _ = head.select([cut], num_queries=20)
+    alone, content_alone, _ = head.select([cut], num_queries=20)
+    assert torch.allclose(content[1:], content_alone, atol=1e-5)
+    assert (content[1, :2] != 0).all() and (content[1, 2:] == 0).all()
     assert torch.allclose(together[1:], alone, atol=1e-5)
     assert torch.allclose(together[0, 9:].sigmoid(), torch.tensor([0.5, 0.5, 1.0, 1.0]), atol=2e-3)
     assert torch.allclose(together[1, 2:].sigmoid(), torch.tensor([0.5, 0.5, 1.0, 1.0]), atol=2e-3)
     assert (together[0, :9].sigmoid()[:, 2:] < 0.9).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_contents_are_those_of_the_selected_pixels_and_teach_the_encoder(training):
+    head, levels = make_head(EncoderSelection, with_content=True).train(training), make_levels()
+    for level in levels:
+        level.features.requires_grad_()
+    _, content, _ = head.select(levels, num_queries=6)
+    for image in range(2):
+        logits, _ = plain_predictions(head, levels, image)
+        pixels = torch.cat([level.features[image].flatten(0, 1) for level in levels])
+        best = logits.amax(1).argsort(descending=True)[:6]
+        assert torch.allclose(content[image], head.content(head.norm(head.projection(pixels[best]))), atol=1e-5)
+    content.sum().backward()
+    assert sum((level.features.grad.abs().sum(-1) > 0).sum().item() for level in levels) == 12
 
 
 def test_a_new_head_selects_anchors_and_every_class_starts_at_the_prior():
@@ -102,12 +120,15 @@ def test_a_new_head_selects_anchors_and_every_class_starts_at_the_prior():
     assert torch.allclose(head.class_head.bias.sigmoid(), torch.tensor(0.01))
 
 
-def test_queries_start_from_the_selected_boxes():
-    selection = make_head(EncoderSelection)
+@pytest.mark.parametrize("with_content", [True, False])
+def test_queries_start_from_the_selected_boxes(with_content):
+    selection = make_head(EncoderSelection, with_content=with_content)
     generator = LearnedQueryGenerator(num_queries=5, dim=16, selection=selection)
     levels = make_levels()
     queries = generator(levels, [ImageTarget(torch.zeros(0).long(), torch.zeros(0, 4))] * 2)
     assert torch.equal(queries.reference_logits, selection.select(levels, 5)[0])
+    content = selection.select(levels, 5)[1] if with_content else torch.zeros(2, 5, 16)
+    assert torch.equal(queries.content, content)
     assert queries.proposals.boxes.shape == (1, 2, 30, 4)
     assert "reference_logits" not in generator.state_dict()
     assert generator.eval()(levels).proposals is None

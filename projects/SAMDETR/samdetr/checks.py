@@ -254,6 +254,11 @@ def _check_model(cfg: CfgNode) -> None:
         raise UserError(
             f"MODEL.SAMDETR.HIDDEN_DIM is {node.HIDDEN_DIM}: it must be a multiple of 4 (for sines and cosines of x and y)."
         )
+    if node.QUERY_GENERATOR.CONTENT_FROM_ENCODER and not node.QUERY_GENERATOR.SELECT_FROM_ENCODER:
+        raise UserError(
+            "MODEL.SAMDETR.QUERY_GENERATOR.CONTENT_FROM_ENCODER is True, but nothing is selected there: set SELECT_FROM_ENCODER "
+            "True as well."
+        )
     if not any(node.MATCHER.values()):
         raise UserError("All weights in MODEL.SAMDETR.MATCHER are 0, so that nothing is matched: raise one of them.")
     for key in ("MODEL.SAMDETR.IN_FEATURES", "MODEL.RESNETS.OUT_FEATURES"):

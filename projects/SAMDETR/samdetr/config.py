@@ -210,6 +210,8 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # Whether the reference boxes are selected in each encoded image instead of learned (samdetr.modeling.pixel_head). Not the
     # paper's.
     node.QUERY_GENERATOR.SELECT_FROM_ENCODER = False
+    # Whether the features of the pixels that are selected become the queries' contents as well. Not the paper's.
+    node.QUERY_GENERATOR.CONTENT_FROM_ENCODER = False
     # DN only. Groups of denoising queries, each with every box of the image; there are fewer if there are many boxes.
     node.QUERY_GENERATOR.DN_GROUPS = 5
     # DN only. Maximum number of denoising queries per image, which bounds the memory.

@@ -86,7 +86,23 @@ class PixelHead(nn.Module):
 class EncoderSelection(PixelHead):
     """Select the boxes of the pixels with the best scores as reference boxes."""
 
-    def select(self, levels: list[FeatureLevel], num_queries: int) -> tuple[Tensor, Predictions | None]:
+    @configurable
+    def __init__(self, *, with_content: bool = False, **options):
+        """
+        Args:
+            with_content: whether the features of the selected pixels become contents of the queries as well (as in two-stage
+                Deformable DETR and Efficient DETR, https://arxiv.org/abs/2104.01318; there and here with their gradient).
+            options: see :class:`PixelHead`.
+        """
+        super().__init__(**options)
+        dim = self.projection.in_features
+        self.content = nn.Linear(dim, dim) if with_content else None
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {**super().from_config(cfg), "with_content": cfg.MODEL.SAMDETR.QUERY_GENERATOR.CONTENT_FROM_ENCODER}
+
+    def select(self, levels: list[FeatureLevel], num_queries: int) -> tuple[Tensor, Tensor | None, Predictions | None]:
         """Select reference boxes.
 
         Args:
@@ -94,26 +110,28 @@ class EncoderSelection(PixelHead):
             num_queries: how many boxes to select, Q. Where an image has fewer pixels, the others cover the whole image.
 
         Returns:
-            The logits of the selected boxes, (B, Q, 4) float32 without gradient, best first; and, in training, the
-            predictions of all pixels, see :meth:`forward`.
+            The logits of the selected boxes, (B, Q, 4) float32 without gradient, best first; the contents from their pixels
+            (B, Q, C), zero where there is no pixel, or None; and, in training, the predictions of all pixels, see
+            :meth:`forward`.
         """
         features, logits = self.classify(levels)
         # As many further candidates as queries, so that there are always enough.
         scores = nn.functional.pad(logits.detach().amax(-1), (0, num_queries), value=_LOWEST_LOGIT)
         scores, selected = scores.topk(num_queries, dim=1)
         selected = selected.clamp(max=logits.shape[1] - 1)[..., None]
+        is_pixel = scores[..., None] > _LOWEST_LOGIT
         anchors = self.anchors(levels)
+        selected_features = features.gather(1, selected.expand(-1, -1, features.shape[-1]))
         if self.training:
             all_boxes = self.box_logits(features, anchors)
             predictions = Predictions(logits[None], all_boxes.sigmoid()[None])
             boxes = all_boxes.detach().gather(1, selected.expand(-1, -1, 4))
         else:
             predictions = None
-            features = features.gather(1, selected.expand(-1, -1, features.shape[-1]))
-            boxes = self.box_logits(features, anchors.gather(1, selected.expand(-1, -1, 4)))
+            boxes = self.box_logits(selected_features, anchors.gather(1, selected.expand(-1, -1, 4)))
+        content = None if self.content is None else self.content(selected_features) * is_pixel
         whole_image = upload([0.5, 0.5, _LARGEST, _LARGEST], boxes.device).logit()
-        is_pixel = scores[..., None] > _LOWEST_LOGIT
-        return torch.where(is_pixel, boxes, whole_image).detach(), predictions
+        return torch.where(is_pixel, boxes, whole_image).detach(), content, predictions
 
 
 class DenseHead(PixelHead):

@@ -47,7 +47,8 @@ class LearnedQueryGenerator(nn.Module):
         Args:
             num_queries: number of queries Q.
             dim: model width C.
-            selection: selects the reference boxes in each image; without it they are learned, the same for all images.
+            selection: selects the reference boxes in each image, and may add to the contents; without it they are learned, the
+                same for all images.
         """
         super().__init__()
         self.num_queries = num_queries
@@ -74,7 +75,9 @@ class LearnedQueryGenerator(nn.Module):
         content = self.content.expand(batch_size, -1, -1)
         if self.selection is None:
             return QueryBatch(content, self.reference_logits.expand(batch_size, -1, -1))
-        reference_logits, predictions = self.selection.select(levels, self.num_queries)
+        reference_logits, selected_content, predictions = self.selection.select(levels, self.num_queries)
+        if selected_content is not None:
+            content = content + selected_content
         return QueryBatch(content, reference_logits, proposals=predictions)
 
     @property
