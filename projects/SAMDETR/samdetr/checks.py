@@ -256,8 +256,8 @@ def _check_model(cfg: CfgNode) -> None:
         )
     if node.QUERY_GENERATOR.CONTENT_FROM_ENCODER and not node.QUERY_GENERATOR.SELECT_FROM_ENCODER:
         raise UserError(
-            "MODEL.SAMDETR.QUERY_GENERATOR.CONTENT_FROM_ENCODER is True, but nothing is selected there: set SELECT_FROM_ENCODER "
-            "True as well."
+            "MODEL.SAMDETR.QUERY_GENERATOR.CONTENT_FROM_ENCODER is True, but nothing is selected there: set "
+            "SELECT_FROM_ENCODER True as well."
         )
     if not any(node.MATCHER.values()):
         raise UserError("All weights in MODEL.SAMDETR.MATCHER are 0, so that nothing is matched: raise one of them.")
