@@ -21,7 +21,7 @@ use_timm(model, "tf_efficientnet_lite0", "stride16", 112, weights=weights, freez
 make_small(model, dim=128, num_heads=4, num_queries=60)
 use_smca(model)
 use_denoising(model, num_groups=3, max_denoising_queries=100)
-use_encoder_selection(model, anchor_size=0.15)
+use_encoder_selection(model, anchor_size=0.15, with_content=True)
 use_dense_head(model, anchor_size=0.15)
 model.update(num_classes=3, pixel_mean=[127.0] * 3, pixel_std=[128.0] * 3)
 
@@ -33,7 +33,7 @@ dataloader.test.dataset = L(load_bccd)(name="bccd_val")
 dataloader.test.mapper.augmentations = [resize]
 dataloader.test.num_workers = 0
 
-optimizer.lr = 0.0005
+optimizer.lr = 0.001
 lr_multiplier = multi_step(450, 380, warmup_iters=50, warmup_factor=0.01)
 train.update(max_iter=450, eval_period=50, output_dir="output/lazy/sam_detr_plus_bccd")
 train.checkpointer.period = 150

@@ -152,9 +152,9 @@ def pixel_head_options(model, anchor_size: float) -> dict:
     return {"dim": model.decoder.dim, "prior_prob": 0.01, "anchor_size": anchor_size}
 
 
-def use_encoder_selection(model, anchor_size: float = 0.05) -> None:
-    """Select the reference boxes in the encoded image."""
-    options = pixel_head_options(model, anchor_size)
+def use_encoder_selection(model, anchor_size: float = 0.05, with_content: bool = False) -> None:
+    """Select the reference boxes, and perhaps contents, in the encoded image."""
+    options = {**pixel_head_options(model, anchor_size), "with_content": with_content}
     model.query_generator.selection = L(EncoderSelection)(**options, num_classes="${...num_classes}")
 
 
