@@ -15,6 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # Also for scripts that run in another folder, so that the embedded dataset is written once.
 os.environ.setdefault("DETECTRON2_DATASETS", str(ROOT / "datasets"))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU
 # Otherwise a trainer would send detectron2's log to the stream that the first such test captures, and which is closed then.
 logging.getLogger("detectron2").setLevel(logging.INFO)
 # Several workers (pytest -n) share the cores.

@@ -195,6 +195,10 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # Recompute each encoder and decoder layer in the backward pass instead of keeping its activations.
     node.ACTIVATION_CHECKPOINTING = False
 
+    # Kernels of deformable sampling and of the decoder's attention to pixels: "torch" or, on CUDA, "triton", which no GPU has
+    # measured yet.
+    node.KERNELS = "torch"
+
     node.ENCODER = CfgNode()
     # A name in ENCODER_REGISTRY: TransformerEncoder, or DeformableTransformerEncoder for several levels.
     node.ENCODER.NAME = "TransformerEncoder"

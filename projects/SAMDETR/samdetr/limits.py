@@ -136,6 +136,7 @@ TRAINING_RANGES = {
     "TEST.EVAL_PERIOD": Range(0),
 }
 MODEL_CHOICES = {
+    "MODEL.SAMDETR.KERNELS": ("torch", "triton"),
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
     "MODEL.RESNETS.NORM": ("", "BN", "FrozenBN", "GN", "LN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"),
     "MODEL.RESNETS.RES5_DILATION": (1, 2),

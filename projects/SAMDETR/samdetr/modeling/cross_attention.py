@@ -67,6 +67,7 @@ class DotProductAttention(nn.Module):
         self.dim = dim
         self.num_heads = num_heads
         self.gaussian_beta = gaussian_beta
+        self.kernels = "torch"  # set by the meta-architecture
         self.add_projections()
         self.value = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
@@ -95,7 +96,7 @@ class DotProductAttention(nn.Module):
         level = levels[index]
         v = self.split_heads(self.value(level.features))
         q, k, *rest = self.logit_terms(query, level)
-        return self.output(attend(q, k, v, *rest).transpose(1, 2).flatten(2))
+        return self.output(attend(q, k, v, *rest, kernels=self.kernels).transpose(1, 2).flatten(2))
 
     def attention_weights(self, query: AlignedQuery, level: FeatureLevel) -> Tensor:
         """Return the attention weight of every pixel, by head and query: (B, M, Q, N) float32, zero at padded pixels."""

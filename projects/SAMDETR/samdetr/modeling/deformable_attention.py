@@ -27,6 +27,7 @@ class MultiScaleDeformableAttention(nn.Module):
             num_points: points P of each head in each level.
         """
         super().__init__()
+        self.kernels = "torch"  # set by the meta-architecture
         self.num_heads = num_heads
         self.num_levels = num_levels
         self.num_points = num_points
@@ -83,4 +84,4 @@ class MultiScaleDeformableAttention(nn.Module):
         locations = reference_points.float()[..., None, :] + offsets / sizes
         weights = self.attention_weights(query).float().unflatten(-1, (self.num_heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (self.num_levels, self.num_points))
-        return self.output(deformable_sampling(value, level_sizes, locations, weights))
+        return self.output(deformable_sampling(value, level_sizes, locations, weights, self.kernels))

@@ -45,6 +45,7 @@ class SAMDETR(nn.Module):
         pixel_mean: list[float],
         pixel_std: list[float],
         dense_head: DenseHead | None = None,
+        kernels: str = "torch",
     ):
         """
         Args:
@@ -59,6 +60,8 @@ class SAMDETR(nn.Module):
             max_detections: how many detections to return per image.
             pixel_mean, pixel_std: of each channel, in the units of the images (0 to 255).
             dense_head: a further head that is used in training only.
+            kernels: "torch", or "triton" where that runs, for attention and sampling: of every part that has an attribute
+                ``kernels``.
         """
         super().__init__()
         self.backbone = optimize_backbone(backbone)
@@ -69,6 +72,9 @@ class SAMDETR(nn.Module):
         self.decoder = decoder
         self.criterion = criterion
         self.dense_head = dense_head
+        for part in self.modules():
+            if hasattr(part, "kernels"):
+                part.kernels = kernels
         self.num_classes = num_classes
         self.max_detections = max_detections
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
@@ -107,6 +113,7 @@ class SAMDETR(nn.Module):
             "decoder": Decoder(cfg),
             "criterion": SetCriterion(cfg),
             "dense_head": DenseHead(cfg) if node.DENSE_HEAD.ENABLED else None,
+            "kernels": node.KERNELS,
             "num_classes": node.NUM_CLASSES,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,

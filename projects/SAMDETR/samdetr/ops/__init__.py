@@ -9,5 +9,6 @@ How to read it: each kernel comes in up to three parts.
 * ``_Name`` is the ``torch.autograd.Function`` behind ``name``. It works block by block (``blocks.py``), so that no large
   intermediate result exists at once, and recomputes in the backward pass what would be expensive to keep.
 
+``triton_attention.py`` and ``triton_sampling.py`` hold the same two kernels for GPUs, in Triton, with the same plain twins.
 ``roi_align.py`` has one more twin: ``torchvision.ops.roi_align``, which the tests compare with.
 """

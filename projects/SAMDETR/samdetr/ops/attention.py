@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .blocks import accumulate_product_, blocks, zeros_to_accumulate
-from .runtime import is_tracing
+from .runtime import is_tracing, triton_runs_on
 
 __all__ = ["attend", "attend_plain", "attention_weights"]
 
@@ -52,6 +52,7 @@ def attend(
     padding_mask: Tensor | None = None,
     bias_x: Tensor | None = None,
     bias_y: Tensor | None = None,
+    kernels: str = "torch",
 ) -> Tensor:
     """Average the values, weighted by :func:`attention_weights`.
 
@@ -60,11 +61,17 @@ def attend(
     Args:
         q, k, padding_mask, bias_x, bias_y: see :func:`attention_weights`.
         v: (B, M, N, E).
+        kernels: "torch", or "triton" where that runs.
 
     Returns:
         (B, M, Q, E), in the dtype of ``v``.
     """
-    function = attend_plain if is_tracing() else _Attend.apply
+    if is_tracing():
+        function = attend_plain
+    elif kernels == "triton" and triton_runs_on(q.device.type):
+        from .triton_attention import attend_triton as function
+    else:
+        function = _Attend.apply
     return function(q, k, v, padding_mask, bias_x, bias_y)
 
 

@@ -12,13 +12,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .blocks import blocks
-from .runtime import is_tracing, run_layer
+from .runtime import is_tracing, run_layer, triton_runs_on, upload
 
 __all__ = ["deformable_sampling", "deformable_sampling_plain", "sampling_matrix"]
 
 
 def deformable_sampling(
-    value: Tensor, level_sizes: list[tuple[int, int]], locations: Tensor, weights: Tensor
+    value: Tensor, level_sizes: list[tuple[int, int]], locations: Tensor, weights: Tensor, kernels: str = "torch"
 ) -> Tensor:
     """Sample values bilinearly, with zeros outside the maps, and sum the weighted samples.
 
@@ -30,12 +30,17 @@ def deformable_sampling(
         level_sizes: height and width of each level, as Python integers.
         locations: (B, Q, M, V, P, 2), (x, y) in [0, 1] inside the map, padding included.
         weights: (B, Q, M, V, P).
+        kernels: "torch", or "triton" where that runs.
 
     Returns:
         (B, Q, M * D), in the dtype of ``value``.
     """
     if is_tracing():
         return deformable_sampling_plain(value, level_sizes, locations, weights)
+    if kernels == "triton" and triton_runs_on(value.device.type):
+        from .triton_sampling import deformable_sampling_triton
+
+        return deformable_sampling_triton(value, upload(level_sizes, value.device, torch.int32), locations, weights)
     if value.device.type == "cpu":
         # In mixed precision the locations stay in float32, and the product needs one dtype.
         exact, weights = value.to(locations.dtype), weights.to(locations.dtype)

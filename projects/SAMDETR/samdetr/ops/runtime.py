@@ -1,6 +1,10 @@
 """Ask how the code is being run, and choose precision and recomputation accordingly."""
 
 import contextlib
+import functools
+import importlib.util
+import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,12 +12,28 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["exact_products", "is_tracing", "run_layer", "to_autocast_dtype", "upload"]
+__all__ = ["exact_products", "is_tracing", "run_layer", "to_autocast_dtype", "triton_runs_on", "upload"]
+
+logger = logging.getLogger(__name__)
 
 
 def is_tracing() -> bool:
     """Return whether the model is being traced, exported or compiled, and should use plain operations only."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+@functools.lru_cache
+def triton_runs_on(device_type: str) -> bool:
+    """Return whether Triton's kernels can run on a type of device; say once why they cannot."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # runs them on the CPU, slowly, for tests
+    if importlib.util.find_spec("triton") is None:
+        reason = "the package triton is missing (pip install triton)"
+    elif device_type == "cuda" or interpreted:
+        return True
+    else:
+        reason = f"these need CUDA, and the model runs on {device_type}"
+    logger.warning("Triton's kernels were asked for, but %s: torch's are used.", reason)
+    return False
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
