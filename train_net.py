@@ -35,6 +35,7 @@ from samdetr.engine import Trainer, evaluate
 from samdetr.engine.output import lock_folder
 from samdetr.engine.stops import StopRequested, is_lost_partner, pass_signals_on
 from samdetr.errors import UserError
+from samdetr.solver import set_float32_precision
 
 logger = logging.getLogger("detectron2")
 
@@ -119,8 +120,7 @@ def set_up(args, cfg):
                 kept.rename(kept.with_name("config_eval.yaml" if args.eval_only else "config_resumed.yaml"))
             moved.rename(kept)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="samdetr")
-    if cfg.FLOAT32_PRECISION:  # which detectron2 has set for matrix products
-        torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
+    set_float32_precision(cfg)
     bfloat16 = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "bfloat16" and cfg.MODEL.DEVICE.startswith("cuda")
     if bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         logger.warning(

@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 
 from helpers import load_config, tiny_config
-from samdetr.solver import FullModelClippingAdamW, build_optimizer
+from samdetr.solver import FullModelClippingAdamW, build_optimizer, set_float32_precision
 
 
 def test_backbone_has_its_own_rate_and_decay_applies_to_everything():
@@ -134,3 +134,19 @@ def test_states_that_the_next_step_would_fail_on_are_refused(missing):
     del (state["param_groups"][0] if missing == "lr" else state["state"][0])[missing]
     with pytest.raises(ValueError, match=f"of the optimizer lacks {missing}"):
         optimizer.load_state_dict(state)
+
+
+def test_one_key_decides_about_tf32():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for value, products, convolutions in (
+            ("high", "high", True),
+            ("highest", "highest", False),
+            ("", "highest", False),
+        ):
+            set_float32_precision(tiny_config("FLOAT32_PRECISION", value))
+            assert torch.get_float32_matmul_precision() == products
+            assert torch.backends.cudnn.allow_tf32 is convolutions
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

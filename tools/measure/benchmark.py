@@ -45,7 +45,7 @@ from samdetr.config import find_config, number_of_classes
 from samdetr.engine.train_step import TrainStep
 from samdetr.errors import UserError
 from samdetr.modeling import meta_arch
-from samdetr.solver import autocast, build_optimizer
+from samdetr.solver import autocast, build_optimizer, set_float32_precision
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of common.py
 from common import run
@@ -208,6 +208,7 @@ def measure(
     """
     torch.manual_seed(0)
     torch.set_flush_denormal(True)  # as train_net.py does
+    set_float32_precision(cfg)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     model = build_model(cfg).train(task != "inference")
     step = make_step(cfg, task, model, RandomBatches(batch, size, boxes, number_of_classes(cfg)[1] or 1))

@@ -8,12 +8,22 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 
 from .errors import UserError
 
-__all__ = ["FullModelClippingAdamW", "autocast", "backbone_lr_factor", "build_optimizer"]
+__all__ = ["FullModelClippingAdamW", "autocast", "backbone_lr_factor", "build_optimizer", "set_float32_precision"]
 
 
 def autocast(cfg, device: torch.device):
     """Return the context of mixed precision that ``cfg.SOLVER.AMP`` asks for, for training and inference alike."""
     return torch.autocast(device.type, dtype=getattr(torch, cfg.SOLVER.AMP.PRECISION), enabled=cfg.SOLVER.AMP.ENABLED)
+
+
+def set_float32_precision(cfg) -> None:
+    """Decide for this process, as ``cfg.FLOAT32_PRECISION`` says, whether products and convolutions in float32 may use TF32.
+
+    "highest" switches it off, "high" and "medium" on; empty leaves both as they are.
+    """
+    if cfg.FLOAT32_PRECISION:
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+        torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
 
 
 class FullModelClippingAdamW(torch.optim.AdamW):
