@@ -21,10 +21,10 @@ for name in sys.argv[2:]:
 """
 # Operations per step of two padded images, which may only become fewer; see docs/performance.md.
 OPERATIONS = {
-    "sam_detr_R_50_1x": 3520,
-    "sam_detr_smca_R_50_DC5_1x": 3860,
-    "sam_detr_pp_smca_dn_R_50_1x": 4680,
-    "sam_detr_plus_R_50_1x": 5410,
+    "sam_detr_R_50_1x": 3420,
+    "sam_detr_smca_R_50_DC5_1x": 3760,
+    "sam_detr_pp_smca_dn_R_50_1x": 4575,
+    "sam_detr_plus_R_50_1x": 5310,
 }
 
 
