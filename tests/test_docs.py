@@ -11,12 +11,23 @@ from samdetr import load_config
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
-def test_the_readmes_config_for_own_data_loads(tmp_path):
-    block = re.search(r"^    _BASE_:.*?\n\n", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL).group()
+def shown_config(page, tmp_path):
+    """The config for data of one's own that a page shows."""
+    block = re.search(r"^    _BASE_:.*?\n\n", page.read_text(), flags=re.MULTILINE | re.DOTALL).group()
     (tmp_path / "my.yaml").write_text(textwrap.dedent(block))
-    cfg = load_config(tmp_path / "my.yaml")
+    return load_config(tmp_path / "my.yaml")
+
+
+def test_the_readmes_config_for_own_data_loads(tmp_path):
+    cfg = shown_config(ROOT / "README.md", tmp_path)
     assert cfg.DATASETS.TRAIN == ("my_train",) == (cfg.DATASETS.COCO_FORMAT[0][0],)
     assert 0 < cfg.SOLVER.STEPS[0] < cfg.SOLVER.MAX_ITER
+
+
+def test_the_config_for_small_data_sets_loads(tmp_path):
+    cfg = shown_config(ROOT / "docs" / "fine_tuning.md", tmp_path)
+    assert cfg.DATASETS.TRAIN == ("mine_train",) == (cfg.DATASETS.YOLO_FORMAT[0][0],)
+    assert cfg.SOLVER.EPOCHS > 0 < cfg.SOLVER.PATIENCE and cfg.MODEL.TIMM.WEIGHTS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

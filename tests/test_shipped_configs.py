@@ -44,7 +44,13 @@ EXPERIMENTS = sorted(
 )
 
 
-BCCD = ["sam_detr_plus_bccd", "sam_detr_smca_bccd", "detr_baseline_bccd", "faster_rcnn_bccd"]
+BCCD = [
+    "sam_detr_plus_bccd",
+    "sam_detr_plus_one_level_bccd",
+    "sam_detr_smca_bccd",
+    "detr_baseline_bccd",
+    "faster_rcnn_bccd",
+]
 
 
 def test_every_config_is_known():

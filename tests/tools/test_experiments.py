@@ -1,6 +1,7 @@
 """tools/experiments/: what is run, what is read from the runs, and what is reported."""
 
 import fcntl
+import contextlib
 import json
 import subprocess
 import sys
@@ -161,6 +162,19 @@ def test_a_key_that_was_not_there_yet_counts_with_its_default(tmp_path):
     entry.options += ["SOLVER.PATIENCE", "3"]
     with pytest.raises(UserError, match=r"differs in SOLVER\.PATIENCE"):
         scheduler.keep_config(config_of(entry, 1, folder), folder)
+
+
+def test_keys_of_samdetr_do_not_matter_to_other_detectors(tmp_path):
+    text = experiment_file(tmp_path).read_text()
+    for config, kept in (("faster_rcnn.yaml", True), ("sam_detr.yaml", False)):
+        entry = read_experiment(experiment_file(tmp_path, text)).runs[0]
+        entry.config = f"tools/experiments/configs/{config}"
+        folder = entry.folder(tmp_path / config, 1)
+        scheduler.keep_config(config_of(entry, 1, folder), folder)
+        (folder / "stdout.txt").touch()
+        entry.options = [*entry.options, "MODEL.SAMDETR.HIDDEN_DIM", "64"]
+        with contextlib.nullcontext() if kept else pytest.raises(UserError, match=r"MODEL\.SAMDETR\.HIDDEN_DIM"):
+            scheduler.keep_config(config_of(entry, 1, folder), folder)
 
 
 def test_results_without_curves_are_refused(tmp_path):

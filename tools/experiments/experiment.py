@@ -86,14 +86,16 @@ def config_of(entry: Run, seed: int, folder: Path):
 def differences(cfg, folder: Path) -> list[str]:
     """Return the keys whose values in a run's folder differ from the config's; the place of the folder does not matter.
 
-    Keys that this project has got since count with their default, with which it does what it did before.
+    Keys that this project has got since count with their default, with which it does what it did before. The keys of SAM-DETR
+    do not matter to other detectors.
     """
     kept, wanted, defaults = (
         flatten(yaml.safe_load(text))
         for text in ((folder / "experiment.yaml").read_text(), cfg.dump(), samdetr.load_config(None).dump())
     )
     kept = {**defaults, **kept}
-    return [key for key in sorted({*kept, *wanted}) if key != "OUTPUT_DIR" and kept.get(key) != wanted.get(key)]
+    ignored = ("OUTPUT_DIR",) if cfg.MODEL.META_ARCHITECTURE == "SAMDETR" else ("OUTPUT_DIR", "MODEL.SAMDETR.")
+    return [k for k in sorted({*kept, *wanted}) if kept.get(k) != wanted.get(k) and not k.startswith(ignored)]
 
 
 def flatten(node: dict, prefix: str = "") -> dict:

