@@ -1,7 +1,7 @@
 """tools/experiments/: what is run, what is read from the runs, and what is reported."""
 
-import fcntl
 import contextlib
+import fcntl
 import json
 import subprocess
 import sys
