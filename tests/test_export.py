@@ -54,6 +54,15 @@ def test_exported_files_agree_at_other_sizes_and_batches(tmp_path, family):
 
 
 @pytest.mark.slow
+def test_a_network_of_timm_is_exported(tmp_path):
+    """One that pads as TensorFlow does: with timm's own padding, tracing would take more than ten minutes."""
+    backbone = ["MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", "tf_efficientnet_lite0"]
+    predictor = make_predictor(*SMCA, *ONE_LAYER, *backbone, "MODEL.SAMDETR.IN_FEATURES", ["stride16"])
+    export(predictor, trace(predictor, size=(96, 128)), tmp_path / "model.onnx")
+    assert largest_difference(predictor, tmp_path / "model.onnx", (97, 161), 2) < 1e-4
+
+
+@pytest.mark.slow
 def test_the_file_runs_without_this_project(tmp_path):
     """tools/run_exported.py imports neither detectron2 nor this project nor, for ONNX, torch."""
     from PIL import Image

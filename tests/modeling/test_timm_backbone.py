@@ -73,6 +73,18 @@ def test_stages_are_frozen_by_their_stride(name, freeze_at, frozen, learning):
         assert found and set(found) == {prefix in learning}, prefix
 
 
+def test_padding_as_in_tensorflow_is_timms():
+    backbone = TimmBackbone(name="tf_efficientnet_lite0").eval()
+    theirs = timm.create_model("tf_efficientnet_lite0", features_only=True).eval()
+    theirs.load_state_dict(backbone.network.state_dict())
+    assert any(type(module).__name__ == "Conv2dSame" for module in theirs.modules())
+    assert not any(type(module).__name__ == "Conv2dSame" for module in backbone.modules())
+    image = torch.randn(2, 3, 64, 160)
+    with torch.no_grad():
+        for found, expected in zip(backbone(image).values(), theirs(image)):
+            assert torch.equal(found, expected)
+
+
 def test_an_fpn_over_it_for_detectron2s_detectors():
     options = [*TIMM, "resnet18", "MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.FPN.OUT_CHANNELS", 24]
     levels = ["stride4", "stride8", "stride16", "stride32"]

