@@ -8,7 +8,7 @@ import random
 from detectron2.data import transforms as T
 from PIL import Image
 
-__all__ = ["LargeScaleJitter", "build_train_augmentation"]
+__all__ = ["LargeScaleJitter", "build_train_augmentation", "resize_and_crop"]
 
 
 class RandomApply(T.RandomApply):
@@ -28,6 +28,17 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         if isinstance(transform, T.ResizeTransform):
             transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
         return transform
+
+
+def resize_and_crop(size: tuple[int, int], new_size: tuple[int, int], crop: tuple[int, int]) -> T.TransformList:
+    """Return what resizes an image and cuts out ``crop`` at a random place; sizes are (height, width)."""
+    top, left = (random.randint(0, new - cut) for new, cut in zip(new_size, crop))
+    return T.TransformList(
+        [
+            T.ResizeTransform(*size, *new_size, Image.BILINEAR),
+            T.CropTransform(left, top, crop[1], crop[0], new_size[1], new_size[0]),
+        ]
+    )
 
 
 class LargeScaleJitter(T.Augmentation):
@@ -53,14 +64,8 @@ class LargeScaleJitter(T.Augmentation):
         )
         factor = random.uniform(*self.scale)
         new_height, new_width = max(1, round(usual_height * factor)), max(1, round(usual_width * factor))
-        crop_height, crop_width = min(new_height, usual_height), min(new_width, usual_width)
-        top, left = random.randint(0, new_height - crop_height), random.randint(0, new_width - crop_width)
-        return T.TransformList(
-            [
-                T.ResizeTransform(height, width, new_height, new_width, Image.BILINEAR),
-                T.CropTransform(left, top, crop_width, crop_height, new_width, new_height),
-            ]
-        )
+        crop = min(new_height, usual_height), min(new_width, usual_width)
+        return resize_and_crop((height, width), (new_height, new_width), crop)
 
 
 def build_train_augmentation(cfg, *, strong: bool = True) -> list[T.Augmentation]:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
-from PIL import Image
+
+from .augmentation import resize_and_crop
 
 __all__ = ["Mixing", "mixup", "mosaic"]
 
@@ -25,14 +25,8 @@ def _cover(sample: dict, height: int, width: int) -> tuple[np.ndarray, np.ndarra
     pixels = sample["image"].permute(1, 2, 0).numpy()
     old_height, old_width = pixels.shape[:2]
     factor = max(height / old_height, width / old_width)
-    new_height, new_width = max(height, round(old_height * factor)), max(width, round(old_width * factor))
-    left, top = random.randint(0, new_width - width), random.randint(0, new_height - height)
-    transforms = T.TransformList(
-        [
-            T.ResizeTransform(old_height, old_width, new_height, new_width, Image.BILINEAR),
-            T.CropTransform(left, top, width, height, new_width, new_height),
-        ]
-    )
+    new_size = max(height, round(old_height * factor)), max(width, round(old_width * factor))
+    transforms = resize_and_crop((old_height, old_width), new_size, (height, width))
     instances = sample["instances"]
     corners = transforms.apply_box(instances.gt_boxes.tensor.numpy()).reshape(-1, 4)
     corners = corners.clip(0, [width, height, width, height])

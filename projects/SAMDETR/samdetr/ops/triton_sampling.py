@@ -27,6 +27,15 @@ def _corner(base, column, row, width, height, start, stride, channel, channel_ma
 
 
 @triton.jit
+def _point(locations, weights, point, width, height, row_mask):
+    """Return the pixel left of and above each row's point, the shares of the pixels right of and below it, and its weight."""
+    x = tl.load(locations + 2 * point, mask=row_mask, other=0.0) * width - 0.5
+    y = tl.load(locations + 2 * point + 1, mask=row_mask, other=0.0) * height - 0.5
+    left, top = tl.floor(x), tl.floor(y)
+    return left, top, x - left, y - top, tl.load(weights + point, mask=row_mask, other=0.0)
+
+
+@triton.jit
 def _forward(
     value,
     sizes,
@@ -56,11 +65,7 @@ def _forward(
         width = tl.load(sizes + 2 * v + 1)
         for p in tl.static_range(P):
             point = (row.to(tl.int64) * V + v) * P + p
-            x = tl.load(locations + 2 * point, mask=row_mask, other=0.0) * width - 0.5
-            y = tl.load(locations + 2 * point + 1, mask=row_mask, other=0.0) * height - 0.5
-            weight = tl.load(weights + point, mask=row_mask, other=0.0)
-            left, top = tl.floor(x), tl.floor(y)
-            right_share, bottom_share = x - left, y - top
+            left, top, right_share, bottom_share, weight = _point(locations, weights, point, width, height, row_mask)
             for corner in tl.static_range(4):
                 column, line = left + corner % 2, top + corner // 2
                 share = tl.where(corner % 2 == 1, right_share, 1 - right_share)
@@ -117,11 +122,7 @@ def _backward(
         width = tl.load(sizes + 2 * v + 1)
         for p in tl.static_range(P):
             point = (row.to(tl.int64) * V + v) * P + p
-            x = tl.load(locations + 2 * point, mask=row_mask, other=0.0) * width - 0.5
-            y = tl.load(locations + 2 * point + 1, mask=row_mask, other=0.0) * height - 0.5
-            weight = tl.load(weights + point, mask=row_mask, other=0.0)
-            left, top = tl.floor(x), tl.floor(y)
-            right_share, bottom_share = x - left, y - top
+            left, top, right_share, bottom_share, weight = _point(locations, weights, point, width, height, row_mask)
             to_weight = tl.zeros((ROWS,), dtype=tl.float32)
             to_x = tl.zeros((ROWS,), dtype=tl.float32)
             to_y = tl.zeros((ROWS,), dtype=tl.float32)
