@@ -171,7 +171,7 @@ def test_mistakes_are_named(monkeypatch):
         TimmBackbone(name="resnet18", weights=PACKAGE)
     with pytest.raises(UserError, match="gmlp_s16_224 takes images of one size only"):
         TimmBackbone(name="gmlp_s16_224")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"cannot be loaded .*name a file of them instead"):
         TimmBackbone(name="resnet18", weights="timm")
     with monkeypatch.context() as patched:  # older families
