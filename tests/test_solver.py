@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 
 from helpers import load_config, tiny_config
-from samdetr.solver import FullModelClippingAdamW, build_optimizer, set_float32_precision
+from samdetr.solver import FullModelClippingAdamW, MovingAverage, build_optimizer, set_float32_precision
 
 
 def test_backbone_has_its_own_rate_and_decay_applies_to_everything():
@@ -134,6 +134,24 @@ def test_states_that_the_next_step_would_fail_on_are_refused(missing):
     del (state["param_groups"][0] if missing == "lr" else state["state"][0])[missing]
     with pytest.raises(ValueError, match=f"of the optimizer lacks {missing}"):
         optimizer.load_state_dict(state)
+
+
+def test_the_moving_average_is_torchs():
+    """Bit for bit: parameters, frozen ones among them, and buffers of any type."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(5, 5))
+    model[2].weight.requires_grad_(False)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    theirs, ours = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average), MovingAverage(model, 0.9)
+    for step in range(4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            model[:2](torch.randn(2, 3, 6, 6))  # changes BatchNorm's buffers
+        for each in (theirs, ours):
+            each.update_parameters(model)
+        assert theirs.state_dict().keys() == ours.state_dict().keys()
+        assert all(torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), ours.state_dict().values())), step
+    assert ours.module[1].num_batches_tracked == 4
 
 
 def test_one_key_decides_about_tf32():

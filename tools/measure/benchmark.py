@@ -45,7 +45,7 @@ from samdetr.config import find_config, number_of_classes
 from samdetr.engine.train_step import TrainStep
 from samdetr.errors import UserError
 from samdetr.modeling import meta_arch
-from samdetr.solver import autocast, build_optimizer, set_float32_precision
+from samdetr.solver import MovingAverage, autocast, build_optimizer, set_float32_precision
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of common.py
 from common import run
@@ -114,8 +114,7 @@ def make_step(cfg, task: str, model: torch.nn.Module, loader: RandomBatches):
         return differentiate
     average = None
     if cfg.SOLVER.EMA.ENABLED:
-        rate = torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.SOLVER.EMA.DECAY)
-        average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=rate)
+        average = MovingAverage(model, cfg.SOLVER.EMA.DECAY)
     trainer = TrainStep(cfg, model, loader, build_optimizer(cfg, model))
 
     def train(iteration: int) -> None:

@@ -8,12 +8,43 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 
 from .errors import UserError
 
-__all__ = ["FullModelClippingAdamW", "autocast", "backbone_lr_factor", "build_optimizer", "set_float32_precision"]
+__all__ = [
+    "FullModelClippingAdamW",
+    "MovingAverage",
+    "autocast",
+    "backbone_lr_factor",
+    "build_optimizer",
+    "set_float32_precision",
+]
 
 
 def autocast(cfg, device: torch.device):
     """Return the context of mixed precision that ``cfg.SOLVER.AMP`` asks for, for training and inference alike."""
     return torch.autocast(device.type, dtype=getattr(torch, cfg.SOLVER.AMP.PRECISION), enabled=cfg.SOLVER.AMP.ENABLED)
+
+
+class MovingAverage(torch.optim.swa_utils.AveragedModel):
+    """torch's exponential moving average of a model, in a few operations over all tensors, none of which waits for a GPU."""
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        """
+        Args:
+            model: is copied; the copy, ``module``, is the average. Its first update is a copy as well.
+            decay: the share of the average that each update keeps.
+        """
+        super().__init__(model)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        """Move the average towards the model's parameters, and copy its buffers."""
+        averages, parameters = list(self.module.parameters()), list(model.parameters())
+        if self.n_averaged == 0:  # a tensor on the CPU
+            torch._foreach_copy_(averages, parameters)
+        else:
+            torch._foreach_lerp_(averages, parameters, 1 - self.decay)
+        torch._foreach_copy_(list(self.module.buffers()), list(model.buffers()))
+        self.n_averaged += 1
 
 
 def set_float32_precision(cfg) -> None:

@@ -13,13 +13,12 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import CheckedCheckpointer, Checkpoint, describe_run
 from ..data import build_test_loader, build_train_loader, load_records, resolve_epochs, warn_about_capacity
 from ..errors import UserError
 from ..modeling.build import build_detector
-from ..solver import autocast, build_optimizer
+from ..solver import MovingAverage, autocast, build_optimizer
 from .evaluation import CheckedEvaluator, build_evaluator, write_results
 from .output import keep_metrics_before, merge_metrics, set_metrics_aside
 from .stops import StoppableLoader, StopRequested, catch_signals, ignore_signals
@@ -233,7 +232,7 @@ class Trainer(DefaultTrainer):
         self.average = None
         checkpointables = {}
         if cfg.SOLVER.EMA.ENABLED:
-            self.average = AveragedModel(self.inner_model, multi_avg_fn=get_ema_multi_avg_fn(cfg.SOLVER.EMA.DECAY))
+            self.average = MovingAverage(self.inner_model, cfg.SOLVER.EMA.DECAY)
             checkpointables["average"] = self.average
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.description = describe_run(cfg)
