@@ -211,7 +211,7 @@ def main() -> None:
         raise UserError("There is no CUDA device here. --device cpu tries all that needs none.")
     if arguments.minutes <= 0:
         raise UserError(f"--minutes is {arguments.minutes}: it must be more than 0.")
-    output = Path(arguments.output)
+    output = Path(arguments.output).resolve()  # its parts run in the project's folder
     output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * arguments.minutes
     report: dict = {"machine": describe_machine(arguments.device)}

@@ -121,15 +121,18 @@ class EncoderSelection(PixelHead):
         selected = selected.clamp(max=logits.shape[1] - 1)[..., None]
         is_pixel = scores[..., None] > _LOWEST_LOGIT
         anchors = self.anchors(levels)
-        selected_features = features.gather(1, selected.expand(-1, -1, features.shape[-1]))
+
+        def of_selected(values: Tensor) -> Tensor:
+            return values.gather(1, selected.expand(-1, -1, values.shape[-1]))
+
         if self.training:
             all_boxes = self.box_logits(features, anchors)
             predictions = Predictions(logits[None], all_boxes.sigmoid()[None])
-            boxes = all_boxes.detach().gather(1, selected.expand(-1, -1, 4))
+            boxes = of_selected(all_boxes.detach())
         else:
             predictions = None
-            boxes = self.box_logits(selected_features, anchors.gather(1, selected.expand(-1, -1, 4)))
-        content = None if self.content is None else self.content(selected_features) * is_pixel
+            boxes = self.box_logits(of_selected(features), of_selected(anchors))
+        content = None if self.content is None else self.content(of_selected(features)) * is_pixel
         whole_image = upload([0.5, 0.5, _LARGEST, _LARGEST], boxes.device).logit()
         return torch.where(is_pixel, boxes, whole_image).detach(), content, predictions
 
