@@ -78,6 +78,7 @@ setup(
         "scipy",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources, which newer ones no longer have
     ],
+    entry_points={"console_scripts": ["samdetr = samdetr.cli:main"]},
     cmdclass={"build_py": BuildWithConfigs},
     package_data={"samdetr.visualization": ["published_training_curves.csv"]},
     extras_require={

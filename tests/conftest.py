@@ -1,9 +1,9 @@
 """Fixtures that tests share: seeds, a small dataset, the checkpoint of a short run. Nothing is downloaded."""
 
-import importlib
 import json
 import logging
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -100,10 +100,10 @@ def tool(monkeypatch, capsys):
     """Run a tool in this process; returns its exit status (or message), and what it printed."""
 
     def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        common, module = importlib.import_module("common"), importlib.import_module(name)
+        script = next((ROOT / "tools").rglob(f"{name}.py"))
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            common.run(module.main)
+            runpy.run_path(str(script), run_name="__main__")
         printed = capsys.readouterr()
         return ended.value.code, printed.out + printed.err
 

@@ -152,7 +152,7 @@ def mutate_image(path: Path, rng: random.Random) -> None:
 
 def try_dataset(rng: random.Random, folder: Path) -> str:
     """Check a mutated dataset; then train two steps on it and evaluate on it. Both accept or both refuse it."""
-    from check_dataset import check_dataset
+    from samdetr.cli.check import check_dataset
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

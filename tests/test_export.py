@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from export_model import largest_difference
 
 from helpers import BEYOND, DN, MULTI_SCALE, ROOT, SMCA, tiny_config, tiny_model
+from samdetr.cli.export import largest_difference
 from samdetr.export import ExportableModel, describe, export, trace
 from samdetr.predictor import Predictor
 

@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import run
 from detectron2.modeling import build_model
 
 import samdetr
@@ -23,6 +22,7 @@ from samdetr.checkpoint import (
     describe_run,
     recognize_published,
 )
+from samdetr.cli.common import run
 from samdetr.errors import UserError
 
 

@@ -11,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-from common import SCORE_THRESHOLD, run
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
 import samdetr
+from samdetr.cli.common import SCORE_THRESHOLD, run
 from samdetr.visualization import draw_beside_truth, draw_pairs
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,7 @@
 import argparse
 from pathlib import Path
 
-from common import output_file, run
-
+from samdetr.cli.common import output_file, run
 from samdetr.errors import UserError
 from samdetr.visualization import draw_curves, published_names, read_metrics
 

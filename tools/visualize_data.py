@@ -13,13 +13,13 @@ import argparse
 
 import numpy as np
 import torch
-from common import output_file, run
 from detectron2.data import MetadataCatalog
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from samdetr.checkpoint import Checkpoint
 from samdetr.checks import check_config
+from samdetr.cli.common import output_file, run
 from samdetr.config import load_config, merge_options
 from samdetr.data import build_train_loader, register_datasets
 from samdetr.errors import UserError

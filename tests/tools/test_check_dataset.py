@@ -60,8 +60,7 @@ def test_a_good_dataset_passes(shapes_root):
     ],
 )
 def test_what_is_wrong_with_a_dataset_is_said(change, fatal, message, tmp_path):
-    from check_dataset import check_dataset
-
+    from samdetr.cli.check import check_dataset
     from samdetr.data import read_coco
 
     content = {"images": [image_entry(1)], "annotations": [GOOD], **change}

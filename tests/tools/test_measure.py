@@ -139,7 +139,7 @@ def test_benchmark_refuses_a_wrong_variant(variant, message):
 
 
 def test_benchmark_reads_the_model_zoo():
-    from benchmark import read_config
+    from samdetr.cli.measurement import read_config
 
     assert read_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", []).MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
 

@@ -38,7 +38,7 @@ def test_one_bad_file_does_not_stop_the_others(tool, run_folder, pictures, tmp_p
 @pytest.mark.slow
 def test_predictions_are_written_as_they_are_found(tool, run_folder, pictures, tmp_path, monkeypatch):
     """So that any number of images needs no memory; what was found is a whole file, whatever ends the tool."""
-    import predict
+    from samdetr.cli import predict
 
     written = []
     run_images = predict.Prediction.run_images
@@ -386,7 +386,7 @@ def test_export_checks_what_it_writes(tool, run_folder, tmp_path):
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 96), (480, 640), (96, 64)])
 def test_export_is_checked_at_other_sizes(size):
-    from export_model import other_sizes
+    from samdetr.cli.export import other_sizes
 
     sizes = other_sizes(size, 0)
     assert len({size, *sizes}) == 4 and min(min(s) for s in sizes) >= 64

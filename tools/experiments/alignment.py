@@ -19,7 +19,6 @@ The numbers are written beside the plot, as JSON.
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -27,15 +26,13 @@ import torch
 from matplotlib.figure import Figure
 
 import samdetr
+from samdetr.cli.common import output_file, run
 from samdetr.data import build_test_loader, load_records
 from samdetr.errors import UserError
 from samdetr.modeling.levels import pixel_points
 from samdetr.modeling.meta_arch import SAMDETR
 from samdetr.modeling.structures import FeatureLevel, ImageTarget
 from samdetr.visualization import record_attention
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of common.py
-from common import output_file, run
 
 PANELS = {
     "attention_inside": "share of attention inside the matched box",

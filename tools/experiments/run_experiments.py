@@ -25,10 +25,8 @@ from experiment import collect, read_experiment
 from scheduler import train
 from summary import make_table, read_results, report
 
+from samdetr.cli.common import output_folder, run
 from samdetr.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of common.py
-from common import output_folder, run
 
 
 def main() -> int:

@@ -34,13 +34,11 @@ from torch import nn
 
 import samdetr
 from samdetr.checks import check_config
+from samdetr.cli.common import run
 from samdetr.config import config_folder
 from samdetr.data import build_test_loader, register_datasets
 from samdetr.errors import UserError
 from samdetr.modeling import semantics_aligner
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of common.py
-from common import run
 
 # Params (M) and GFLOPs of the paper's Table 1 (GFLOPs: means over COCO images), by family; the same with SMCA and DN.
 PAPER = {"R_50": (57, 107), "DC5": (57, 229), "pp": (55, 203)}

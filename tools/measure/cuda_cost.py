@@ -20,7 +20,6 @@ Norms, clipping and the optimizer's step count as one operation each, as torch's
 import argparse
 import contextlib
 import json
-import sys
 import traceback
 import weakref
 from collections import Counter
@@ -35,10 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of common.py
-from common import run
-
 import samdetr
+from samdetr.cli.common import run
 from samdetr.engine.train_step import TrainStep
 from samdetr.errors import UserError
 from samdetr.modeling.build import build_detector

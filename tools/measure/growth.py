@@ -14,9 +14,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from analyze_model import count_flops
-from benchmark import add_measurement_arguments, measure_variants, parse_variant, print_tables, read_config, write_json
-from common import run
 from detectron2.modeling import build_model
+
+from samdetr.cli.benchmark import add_measurement_arguments, measure_variants, parse_variant, print_tables, write_json
+from samdetr.cli.common import run
+from samdetr.cli.measurement import read_config
 
 QUERIES = "MODEL.SAMDETR.NUM_QUERIES"
 

@@ -20,10 +20,8 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from samdetr.cli.common import add_model_arguments, load_predictor, run
 from samdetr.engine import Trainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of common.py
-from common import add_model_arguments, load_predictor, run
 
 
 def write_cut_images(dataset: str, folder: Path) -> None:

@@ -23,10 +23,8 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of common.py
-from common import run
-
 import samdetr
+from samdetr.cli.common import run
 from samdetr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,9 +139,10 @@ def run_measurement(measurement: tuple, device: str, output: Path, seconds: floa
 
 def largest_kernels(device: str) -> list[tuple[str, float]]:
     """Return the kernels that take most of a training step of three levels, with their share of the time in percent."""
-    from benchmark import RandomBatches, make_step
     from detectron2.modeling import build_model
     from detectron2.utils.events import EventStorage
+
+    from samdetr.cli.measurement import RandomBatches, make_step
 
     name = THREE_LEVELS if device == "cuda" else "quick_schedules/sam_detr_digits_instant_test"
     size = (800, 1333) if device == "cuda" else (64, 64)

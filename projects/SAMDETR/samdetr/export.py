@@ -3,8 +3,10 @@
 import copy
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from .errors import UserError
 from .modeling.postprocessing import best_pairs
 from .predictor import Predictor
 
-__all__ = ["ExportableModel", "describe", "export", "trace"]
+__all__ = ["ExportableModel", "describe", "export", "open_exported", "trace"]
 
 _OUTPUT_NAMES = ("boxes", "scores", "classes")
 _SMALLEST_SIDE = 64  # of an image, in pixels
@@ -120,3 +122,24 @@ def export(predictor: Predictor, program: torch.export.ExportedProgram, path: st
         exported.save(path)
     else:
         raise UserError(f"{path}: name a file that ends in .onnx (ONNX) or .pt2 (torch.export).", argument="output")
+
+
+def open_exported(path: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Open a file of :func:`export`.
+
+    Returns:
+        A function that maps images (B, 3, H, W) float32, as in :class:`ExportableModel`, to its outputs by name.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return lambda images: dict(zip(_OUTPUT_NAMES, session.run(list(_OUTPUT_NAMES), {"images": images})))
+    module = torch.export.load(path).module()
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            return dict(zip(_OUTPUT_NAMES, (output.numpy() for output in module(torch.from_numpy(images)))))
+
+    return run

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-import samdetr
-from samdetr.errors import UserError
-from samdetr.predictor import Predictor
+from ..errors import UserError
+from ..predictor import Predictor, load
 
 # Of these, the image formats that Pillow can read here.
 IMAGE_SUFFIXES = Image.registered_extensions().keys() & {
@@ -61,7 +60,7 @@ def read_class_names(text: str | None) -> list[str] | None:
 
 def load_predictor(arguments: argparse.Namespace, weights: str | None = None, options: Sequence = ()) -> Predictor:
     """Load the model that the common options name; ``weights`` replaces ``--weights``, ``options`` keys of the config."""
-    return samdetr.load(
+    return load(
         weights or arguments.weights,
         config_file=arguments.config_file,
         class_names=read_class_names(arguments.class_names),

@@ -1,0 +1,6 @@
+"""``python -m samdetr`` is the command ``samdetr``."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Detect objects in images, folders of images, and videos; draw them, and write them down in COCO's format.
+
+    samdetr predict --weights output/demo/model_final.pth --input datasets/samdetr_digits_v1/val --output output/predictions
+    samdetr predict --weights model_final.pth --input street.jpg holiday/ film.mp4 --output predictions
+    samdetr predict --weights bare.pth --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --input street.jpg \\
+        --output predictions
+
+The output folder gets a drawing of every input under its own name, and predictions.json, a list in the format of COCO's
+results: every detection, even below the threshold, with ``image_id`` (the file's number if all files are named by numbers,
+else 1, 2, ... in the order of the inputs), ``file_name``, ``category_id`` (the training dataset's own id), ``bbox`` (x, y,
+width, height in pixels), ``score``, and for videos ``frame``; of videos, only what is above the threshold. A file that
+cannot be read is reported, the others are done all the same, and the exit status is 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+from PIL import Image
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..predictor import Predictor, list_images, read_image
+from ..visualization import draw_detections
+from .common import (
+    IMAGE_SUFFIXES,
+    SCORE_THRESHOLD,
+    VIDEO_SUFFIXES,
+    add_model_arguments,
+    drawing_names,
+    load_predictor,
+    output_folder,
+    score,
+)
+
+
+def image_ids(files: list[Path]) -> dict[Path, int]:
+    """Return the image id of each file: its name, if all files are named by numbers as COCO's are; else its position."""
+    stems = [file.stem for file in files]
+    if all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
+        return {file: int(file.stem) for file in files}
+    return {file: number for number, file in enumerate(files, start=1)}
+
+
+def as_coco(instances: Instances, predictor: Predictor, image_id: int, **extra) -> list[dict]:
+    """Turn detections into entries of COCO's results."""
+    entries = instances_to_coco_json(instances, image_id)
+    for entry in entries:
+        entry["category_id"] = predictor.category_ids[entry["category_id"]]
+        entry.update(extra)
+    return entries
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """Yield the frames of a video, (H, W, 3) uint8, RGB."""
+    capture = cv2.VideoCapture(str(path))
+    try:
+        good, frame = capture.read()
+        if not good:
+            raise UserError(f"{path} is not a video that can be read.")
+        while good:
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            good, frame = capture.read()
+    finally:
+        capture.release()
+
+
+class VideoWriter:
+    """Write frames to an MP4 file at the rate of the source; the first frame determines the size."""
+
+    def __init__(self, path: Path, rate: float):
+        self.path, self.rate = path, rate
+        self.writer = None
+
+    def write(self, picture: np.ndarray) -> None:
+        height, width = (side // 2 * 2 for side in picture.shape[:2])  # the codec needs even sides
+        if self.writer is None:
+            fourcc = cv2.VideoWriter_fourcc(*"mp4v")
+            self.writer = cv2.VideoWriter(str(self.path), fourcc, self.rate, (width, height))
+            if not self.writer.isOpened():
+                raise UserError(f"{self.path} cannot be written as a video.")
+        self.writer.write(cv2.cvtColor(np.ascontiguousarray(picture[:height, :width]), cv2.COLOR_RGB2BGR))
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.release()
+
+
+def drawing_suffix(file: Path) -> str:
+    if file.suffix.lower() in VIDEO_SUFFIXES:
+        return ".mp4"
+    return ".png" if file.suffix.lower() == ".png" else ".jpg"
+
+
+class ResultsFile:
+    """Write detections to a JSON list, entry by entry, so that any number of them needs no memory.
+
+    The file appears under its name when it is closed; what was found until then is whole, whatever ends the program.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.unfinished = path.with_name(f"{path.name}.part")
+        self.file = self.unfinished.open("w")
+        self.file.write("[")
+        self.count = 0
+
+    def write(self, entries: list[dict]) -> None:
+        for entry in entries:
+            self.file.write(("," if self.count else "") + "\n" + json.dumps(entry))
+            self.count += 1
+
+    def close(self) -> None:
+        self.file.write("\n]\n")
+        self.file.close()
+        self.unfinished.replace(self.path)
+
+
+class Prediction:
+    """Go through the inputs, draw what was found, and write it down."""
+
+    def __init__(self, predictor: Predictor, files: list[Path], names: dict[Path, Path], arguments: argparse.Namespace):
+        self.predictor = predictor
+        self.names = names
+        self.threshold = arguments.score_threshold
+        self.draw = not arguments.no_drawings
+        self.batch_size = arguments.batch_size
+        self.folder = Path(arguments.output)
+        self.ids = image_ids(files)
+        self.images = [file for file in files if file.suffix.lower() not in VIDEO_SUFFIXES]
+        self.videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
+        self.max_pixels = predictor.cfg.INPUT.MAX_PIXELS
+        self.results = ResultsFile(self.folder / "predictions.json")
+        self.confident = 0
+        self.failed: list[str] = []
+
+    def run(self) -> None:
+        progress = tqdm(total=len(self.images), unit="image", disable=not self.images)
+        for start in range(0, len(self.images), self.batch_size):
+            files = self.images[start : start + self.batch_size]
+            self.run_images(files)
+            progress.update(len(files))
+        progress.close()
+        for file in self.videos:
+            try:
+                self.run_video(file)
+            except Exception as error:  # one bad file does not stop the others
+                self.report(file, error)
+
+    def run_images(self, files: list[Path]) -> None:
+        """Detect in a batch; if that fails, in each image by itself, so that only the bad ones are left out."""
+        try:
+            images = [read_image(file, self.max_pixels) for file in files]
+            found = self.predictor(images, self.batch_size)
+        except Exception as error:
+            if len(files) == 1:
+                self.report(files[0], error)
+                return
+            for file in files:
+                self.run_images([file])
+            return
+        for file, image, instances in zip(files, images, found):
+            self.keep(instances, file)
+            if self.draw:
+                path = self.folder / self.names[file]
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    drawing = draw_detections(image, instances, self.predictor.class_names, self.threshold)
+                    Image.fromarray(drawing).save(path)
+                except Exception as error:
+                    self.report(file, error)
+
+    def run_video(self, file: Path) -> None:
+        path = self.folder / self.names[file]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        capture = cv2.VideoCapture(str(file))
+        expected, rate = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
+        capture.release()
+        writer = VideoWriter(path, rate or 25.0)
+        number = 0
+        try:
+            for frame in tqdm(read_frames(file), desc=file.name, total=max(0, int(expected)) or None, unit="frame"):
+                instances = self.predictor(frame)
+                confident = instances[instances.scores >= self.threshold]
+                self.keep(confident, file, frame=number)
+                if self.draw:
+                    writer.write(draw_detections(frame, confident, self.predictor.class_names))
+                number += 1
+        finally:
+            writer.close()
+        if number < expected - 1:  # some containers count one too many
+            raise UserError(
+                f"{file} breaks off after frame {number} of {expected:.0f}; the frames up to there are done."
+            )
+
+    def report(self, file: Path, error: Exception) -> None:
+        text = str(error) if isinstance(error, UserError) else f"{file}: {type(error).__name__}: {error}"
+        tqdm.write(f"error: {text}", file=sys.stderr)
+        self.failed.append(str(file))
+
+    def keep(self, instances: Instances, file: Path, **extra) -> None:
+        """Write detections down, and count those above the threshold."""
+        self.results.write(as_coco(instances, self.predictor, self.ids[file], file_name=str(file), **extra))
+        self.confident += int((instances.scores >= self.threshold).sum())
+
+
+def files_and_names(arguments: argparse.Namespace, folder: Path) -> tuple[list[Path], dict[Path, Path]]:
+    """Return the input files, and the names of their drawings, none of which is an input."""
+    files = list_images(arguments.input, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+    named = {Path(path).resolve() for path in arguments.input}
+    if folder.resolve() not in named:  # earlier drawings below an input folder are not inputs
+        files = [
+            file for file in files if file.resolve() in named or not file.resolve().is_relative_to(folder.resolve())
+        ]
+    names = drawing_names(files, arguments.input, drawing_suffix)
+    inputs = {file.resolve() for file in files}
+    for name in names.values():
+        if (folder / name).resolve() in inputs and not arguments.no_drawings:
+            raise UserError(
+                f"{folder} would overwrite the input {folder / name}: name another folder.", argument="output"
+            )
+    return files, names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="images, folders, videos")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for drawings and predictions.json")
+    parser.add_argument("--score-threshold", type=score, default=SCORE_THRESHOLD, help="of what is drawn, in [0, 1]")
+    parser.add_argument("--batch-size", type=int, default=1, help="more is faster on a GPU, and pads smaller images")
+    parser.add_argument("--max-pixels", type=int, help="refuse larger images (default: INPUT.MAX_PIXELS of the config)")
+    parser.add_argument("--no-drawings", action="store_true", help="write predictions.json only")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size is {arguments.batch_size}: it must be 1 or more.")
+    folder = output_folder(arguments.output)
+    files, names = files_and_names(arguments, folder)
+    options = ["INPUT.MAX_PIXELS", arguments.max_pixels] if arguments.max_pixels is not None else []
+    prediction = Prediction(load_predictor(arguments, options=options), files, names, arguments)
+    try:
+        prediction.run()
+    finally:  # also when it is interrupted: what was found is written
+        prediction.results.close()
+    done = len(prediction.images) + len(prediction.videos) - len(prediction.failed)
+    print(
+        f"{done} files, {prediction.confident} detections with a score of {arguments.score_threshold} or more: "
+        f"{prediction.results.path}"
+    )
+    if prediction.failed:
+        print(f"{len(prediction.failed)} files could not be done, see above.", file=sys.stderr)
+    return 1 if prediction.failed else 0

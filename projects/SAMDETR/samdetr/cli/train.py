@@ -1,0 +1,215 @@
+"""Train a model, and evaluate it while it trains.
+
+    samdetr train --config-file sam_detr_smca_R_50_1x --num-gpus 8
+    samdetr train --config-file my.yaml SOLVER.BASE_LR 0.00005 OUTPUT_DIR output/mine
+    samdetr train --config-file my.yaml --resume
+    torchrun --nproc-per-node 8 -m samdetr train --config-file my.yaml
+    srun --ntasks-per-node 8 samdetr train --config-file my.yaml
+
+A config is a path, or the name of one of this project's. KEY VALUE pairs at the end replace what it says.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.engine import default_setup, launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..checkpoint import Checkpoint
+from ..checks import check_config
+from ..config import find_config, load_config, merge_options
+from ..data import register_datasets
+from ..engine import Trainer, evaluate
+from ..engine.output import lock_folder
+from ..engine.stops import StopRequested, is_lost_partner, pass_signals_on
+from ..errors import UserError
+from ..solver import set_float32_precision
+
+logger = logging.getLogger("detectron2")
+
+
+def base_config(args):
+    """Return the config that the arguments name: a file's, or the one that the checkpoint carries."""
+    if args.config_file:
+        args.config_file = find_config(args.config_file)  # detectron2 opens it to copy it into the log
+        return load_config(args.config_file)
+    if not args.weights:
+        raise UserError(
+            "name a config, or in --weights a checkpoint that carries one.", argument="config_file"
+        )
+    cfg = Checkpoint.read(args.weights, name="--weights").config()
+    if cfg is None:
+        raise UserError(
+            f"{args.weights} carries no config: name the one that it was trained with.", argument="config_file"
+        )
+    return cfg
+
+
+def read_config(args):
+    """Read the config, register its datasets, and check everything that can be known before the start."""
+    cfg = base_config(args)
+    merge_options(cfg, [*(("MODEL.WEIGHTS", args.weights) if args.weights else ()), *args.opts])
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        logger.warning("MODEL.DEVICE is cuda, but there is no CUDA device here: using the CPU.")
+    if cfg.MODEL.DEVICE == "cuda" and torch.cuda.device_count() < args.num_gpus:
+        raise UserError(
+            f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} CUDA devices."
+        )
+    processes = max(1, args.num_gpus * args.num_machines)
+    if cfg.MODEL.DEVICE.startswith("cuda:") and (processes > 1 or "LOCAL_RANK" in os.environ):
+        raise UserError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but each process needs a device of its own: set it to 'cuda', and choose "
+            "devices by CUDA_VISIBLE_DEVICES."
+        )
+    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % processes:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a multiple of the number of processes ({processes})."
+        )
+    cfg.freeze()
+    earlier = any(Path(str(cfg.OUTPUT_DIR)).glob("model_*.pth"))
+    if earlier and not (args.resume or args.eval_only):
+        raise UserError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds the checkpoints of an earlier run: continue it with --resume, or name "
+            "another OUTPUT_DIR."
+        )
+    register_datasets(cfg)
+    check_config(cfg, training=not args.eval_only, weights=not (earlier and args.resume))
+    return cfg
+
+
+def work(args, cfg):
+    """Train or evaluate, in each process."""
+    # Attention's smallest probabilities are denormal numbers, which CPUs multiply many times more slowly than zeros.
+    torch.set_flush_denormal(True)
+    logging.raiseExceptions = False  # a full disk is said once, by what fails, and not by every line of the log
+    name = f" (process {comm.get_rank()})" if comm.get_world_size() > 1 else ""
+    try:
+        set_up(args, cfg)
+        if args.eval_only:
+            return evaluate(cfg)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    except UserError as error:
+        sys.exit(f"error{name}: {error}")
+    except OSError as error:  # such as a full disk
+        sys.exit(f"error{name}: {error}. What was saved before is whole: mend this, and go on with --resume.")
+    except StopRequested:
+        if not args.eval_only and comm.is_main_process():
+            print(f"Continue with: --resume OUTPUT_DIR {cfg.OUTPUT_DIR}", file=sys.stderr)
+        raise
+    except RuntimeError as error:
+        if not is_lost_partner(error):
+            raise
+        sys.exit(
+            f"error{name}: another process of this run has ended, see its own message. Start all of them again, with --resume."
+        )
+
+
+def set_up(args, cfg):
+    """Register the config's datasets, and set up OUTPUT_DIR with the config and the logs."""
+    register_datasets(cfg)
+    kept = Path(cfg.OUTPUT_DIR, "config.yaml")
+    # The config that a checkpoint was trained with stays beside it. It is moved, which needs no room on the disk.
+    moved = kept.with_name("config_trained.yaml")
+    if comm.is_main_process() and kept.is_file() and not moved.exists() and any(kept.parent.glob("model_*.pth")):
+        kept.rename(moved)
+    comm.synchronize()
+    try:
+        default_setup(cfg, args)
+    finally:
+        if comm.is_main_process() and moved.exists():
+            if kept.exists():
+                kept.rename(kept.with_name("config_eval.yaml" if args.eval_only else "config_resumed.yaml"))
+            moved.rename(kept)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="samdetr")
+    set_float32_precision(cfg)
+    bfloat16 = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "bfloat16" and cfg.MODEL.DEVICE.startswith("cuda")
+    if bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        logger.warning(
+            "%s has no bfloat16 of its own and emulates it, which is slow: use SOLVER.AMP.PRECISION 'float16'.",
+            torch.cuda.get_device_name(),
+        )
+
+
+def run(args):
+    """Check everything, take hold of OUTPUT_DIR, and run."""
+    if "LOCAL_RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        join_slurm_job()
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError("With several machines, name the first one's address in --dist-url: tcp://HOST:PORT.")
+    if args.dist_url != "auto" and not re.fullmatch(r"tcp://[^/]+:\d+|file:///.+|env://.*", args.dist_url):
+        raise UserError(f"--dist-url is {args.dist_url!r}: give tcp://HOST:PORT or file:///PATH.")
+    cfg = read_config(args)
+    main_machine = args.machine_rank == 0 and int(os.environ.get("RANK", 0)) == 0
+    with lock_folder(cfg.OUTPUT_DIR) if main_machine and not args.eval_only else contextlib.nullcontext():
+        start(args, cfg)
+
+
+def start(args, cfg):
+    """Start the processes, unless torchrun or SLURM has started them, and run."""
+    cuda = cfg.MODEL.DEVICE.startswith("cuda")
+    if not cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # detectron2 uses NCCL wherever it sees a GPU
+    if "LOCAL_RANK" not in os.environ:
+        with pass_signals_on() if args.num_gpus > 1 else contextlib.nullcontext():
+            launch(work, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args, cfg))
+        return
+    if cuda:  # a launcher may show each process only its own device
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # Address, rank and size come from the environment.
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=DEFAULT_TIMEOUT)
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    work(args, cfg)
+    torch.distributed.destroy_process_group()
+
+
+def join_slurm_job():
+    """Translate SLURM's variables into torchrun's, for ``srun`` with one task per process."""
+    environment = os.environ
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    nodes = int(environment["SLURM_STEP_NUM_NODES"])
+    environment["LOCAL_WORLD_SIZE"] = str(int(environment["SLURM_STEP_NUM_TASKS"]) // nodes)
+    if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
+        raise UserError(
+            "In a SLURM job of several tasks, set MASTER_ADDR to the first node's name and MASTER_PORT to a free port "
+            "there, for example: export MASTER_ADDR=$(scontrol show hostnames | head -n 1) MASTER_PORT=29500"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config-file", default="", metavar="CONFIG", help="path, or name of one of this project's configs"
+    )
+    parser.add_argument("--weights", help="checkpoint to start from or to evaluate, in place of MODEL.WEIGHTS")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate, and do not train")
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs per machine; processes, with MODEL.DEVICE cpu")
+    parser.add_argument("--num-machines", type=int, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0, help="this machine's number, from 0")
+    parser.add_argument(
+        "--dist-url", default="auto", help="tcp://HOST:PORT of the first machine; auto: a free port here"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="replace what the config says")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    try:
+        run(arguments)
+    except torch.multiprocessing.ProcessExitedException as error:
+        # A negative code is that of a signal; otherwise the process has said why.
+        if error.exit_code in (-signal.SIGINT, -signal.SIGTERM):
+            sys.exit(128 - error.exit_code)
+        sys.exit(f"error: {error}" if error.exit_code < 0 else error.exit_code)
