@@ -11,15 +11,13 @@ from .precision import average_precision
 
 __all__ = ["ERROR_KINDS", "ErrorSplit", "error_costs", "split_errors"]
 
-# Of false positives, in the order in which they are tried, since an overlap with objects of both its own and other
-# classes may fit more than one; and of objects.
 ERROR_KINDS = {
-    "localisation": "right class, IoU from 0.1 to 0.5",
     "classification": "wrong class, IoU of 0.5 or more",
-    "duplicate": "right class, IoU of 0.5 or more, but a detection with a higher score has found the object already",
-    "background": "no object with an IoU of 0.1 or more",
+    "localisation": "right class, IoU from 0.1 to 0.5",
     "both": "wrong class, IoU from 0.1 to 0.5",
-    "missed": "an object that nothing finds, and no localisation or classification error is about",
+    "duplicate": "right class, IoU of 0.5 or more, but a higher score has found the object",
+    "background": "no object with an IoU of 0.1 or more",
+    "missed": "an object that nothing finds, and that no classification or localisation error is about",
 }
 
 
@@ -65,7 +63,7 @@ def split_errors(results: DetectionResults, foreground: float = 0.5, background:
         own, other = np.where(same, iou, 0), np.where(same, 0, iou)
         own_iou, own_object = own.max(1), objects[own.argmax(1)]
         other_iou, other_object = other.max(1), objects[other.argmax(1)]
-        cases = {
+        cases = {  # in this order, where objects of its own and of other classes make several of them true
             "localisation": ((own_iou >= background) & (own_iou < foreground), own_object),
             "classification": (other_iou >= foreground, other_object),
             "duplicate": (own_iou >= foreground, own_object),

@@ -62,7 +62,7 @@ def _filters(class_names: Sequence[str], kinds: Sequence[str], score_threshold: 
         return f'<label>{name} <select><option value="">any</option>{listed}</select></label>'
 
     return (
-        f'<div class="filters" hidden>{select("class", enumerate(class_names))}{select("kind", zip(kinds, kinds))}'
+        f'<div class="filters scripted" hidden>{select("class", enumerate(class_names))}{select("kind", zip(kinds, kinds))}'
         f'<label>score from <input type="range" min="{score_threshold:g}" max="1" step="any" value="{score_threshold:g}"> '
         '<output></output></label><label><input type="checkbox" checked> ground truth</label><span role="status"></span></div>'
     )
@@ -113,8 +113,9 @@ def _figure(image: int, results: DetectionResults, split: ErrorSplit, record: di
             what += f", the object is {html.escape(names[results.object_class[about]])}"
         place = _place(results.detection_boxes[index], size)
         data = f'data-kind="{kind}" data-classes="{" ".join(map(str, sorted(classes)))}" data-score="{score:.6f}"'
-        top = " top" if results.detection_boxes[index, 1] < 0.08 * size[1] else ""
-        boxes.append(f'<i class="box {kind}{top}" {data} {place} title="{what}"><b>{name} {score:.2f}</b></i>')
+        x, y = results.detection_boxes[index, :2] / size
+        side = " top" * (y < 0.08) + " right" * (x > 0.75)
+        boxes.append(f'<i class="box {kind}{side}" {data} {place} title="{what}"><b>{name} {score:.2f}</b></i>')
     return (
         f'<figure class="image"><div class="picture">{_picture(record)}{"".join(boxes)}</div>'
         f"<figcaption><b>F1 {100 * quality:.0f}</b>{html.escape(str(record['file_name']).rsplit('/', 1)[-1])}"

@@ -83,10 +83,10 @@ def _percent(value: float) -> str:
     return "&ndash;" if math.isnan(value) else f"{value:.1f}"
 
 
-def _cell(value: float, text: str | None = None, extra: str = "") -> str:
+def _cell(value: float, text: str | None = None, before: str = "") -> str:
     """Return a table's cell that is sorted by its value; one without a value is shown as a dash, and sorted to the end."""
     sorted_by = "" if math.isnan(value) else f"{value:.6g}"
-    return f'<td data-value="{sorted_by}">{_percent(value) if text is None else text}{extra}</td>'
+    return f'<td data-value="{sorted_by}">{before}{_percent(value) if text is None else text}</td>'
 
 
 def _bar(share: float) -> str:
@@ -131,8 +131,8 @@ def _class_table(results: DetectionResults, class_ap: np.ndarray, mean_ap: Mappi
     counts = results.object_counts()
 
     def cells(number: int, values: Sequence[float]) -> str:
-        first, *others = (_cell(value) for value in values)
-        return _cell(number, str(number)) + first.replace("</td>", f"{_bar(values[0] / 100)}</td>") + "".join(others)
+        first = _cell(values[0], before=_bar(values[0] / 100))
+        return _cell(number, str(number)) + first + "".join(_cell(value) for value in values[1:])
 
     rows = [_name(results.class_names[label]) + cells(counts[label], class_ap[label]) for label in order]
     foot = _name("mean; all objects") + cells(counts.sum(), [mean_ap[name] for name in AP_NAMES])
@@ -149,10 +149,14 @@ def _class_table(results: DetectionResults, class_ap: np.ndarray, mean_ap: Mappi
 
 def _curves(curves: ThresholdCurves, row: int) -> str:
     """Draw precision, recall and F1 of one class against the score threshold, and a line at the best F1."""
-    lines = []
+    lines, detected = [], ~np.isnan(curves.precision[row])
     for name in ("precision", "recall", "f1"):
         values = getattr(curves, name)[row]
-        points = [f"{200 * t:.0f},{100 - 100 * v:.0f}" for t, v in zip(curves.thresholds, values) if not math.isnan(v)]
+        points = [
+            f"{200 * t:.0f},{100 - 100 * v:.0f}"
+            for t, v in zip(curves.thresholds, np.where(detected, values, np.nan))
+            if not math.isnan(v)
+        ]
         lines.append(f'<polyline class="{name}" points="{" ".join(points)}"/>')
     if curves.best[row] >= 0:
         best = 200 * curves.thresholds[curves.best[row]]
@@ -185,13 +189,14 @@ def _thresholds(class_names: Sequence[str], curves: ThresholdCurves) -> str:
     )
     note = (
         "What is left at IoU 0.5 when detections below a score are dropped: precision is the share of detections that are "
-        "right, recall the share of objects that are found. The lowest threshold with the best F1 is given. Below, choose a "
-        "class to see its curves here. A dash: nothing of this class is found at any threshold."
+        "right, recall the share of objects that are found. The lowest threshold with the best F1 is given. A dash: nothing of "
+        "this class is found at any threshold."
     )
-    columns = ["class", "from 0 to 1", "best F1", "at threshold", "precision there", "recall there"]
+    columns = ["class", "curves", "best F1", "at threshold", "precision there", "recall there"]
     rows = [row(label, name) for label, name in enumerate(class_names)]
-    table = _table(columns, rows, row(-1, "all classes"), style="choosable", unsorted=("from 0 to 1",))
-    return f'<p class="quiet">{note}</p>{chart}{table}'
+    table = _table(columns, rows, row(-1, "all classes"), style="choosable", unsorted=("curves",))
+    hint = '<p class="quiet scripted" hidden>Choose a class to see its curves above.</p>'
+    return f'<p class="quiet">{note}</p>{chart}{hint}{table}'
 
 
 def _confusion(class_names: Sequence[str], counts: np.ndarray, score_threshold: float) -> str:
@@ -224,7 +229,7 @@ def _confusion(class_names: Sequence[str], counts: np.ndarray, score_threshold: 
         note += f" No detection has a score of {score_threshold:g} or more."
     return (
         f'<p class="quiet">{note}</p><div class="scroll"><table class="confusion{" many" * (last > 12)}">'
-        f"<thead><tr><th>ground truth \\ detected</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"<thead><tr><th>detected as &rarr;<br>ground truth &darr;</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
@@ -233,7 +238,7 @@ def _errors(results: DetectionResults, shown: DetectionResults, split: ErrorSpli
     counts, most = split.counts(), max(np.nan_to_num([*costs.values()]))
     rows = [
         f'<th scope="row"><i class="swatch {kind}"></i>{kind}</th><td class="text quiet">{meaning}</td>'
-        f"{_cell(counts[kind], str(counts[kind]))}{_cell(costs[kind], None, _bar(costs[kind] / max(most, 1e-9)))}"
+        f"{_cell(counts[kind], str(counts[kind]))}{_cell(costs[kind], before=_bar(costs[kind] / max(most, 1e-9)))}"
         for kind, meaning in ERROR_KINDS.items()
     ]
     states = {kind: int((split.object_kinds == kind).sum()) for kind in ("found", "missed", "mistaken")}
@@ -241,8 +246,8 @@ def _errors(results: DetectionResults, shown: DetectionResults, split: ErrorSpli
         "Each false detection and each missed object has exactly one kind of error, as in TIDE (Bolya et al. 2020). Numbers "
         f"are of detections with a score of {score_threshold:g} or more; dAP is how much higher AP50, which is "
         f"{_percent(ap)}, would be of all detections if errors of this kind alone were corrected. "
-        f"Of {sum(states.values())} objects, {states['found']} are found, {states['missed']} missed; about "
-        f"{states['mistaken']} that are not found there is a localisation or classification error."
+        f"Of {sum(states.values())} objects, {states['found']} are found and {states['missed']} missed; the other "
+        f"{states['mistaken']} would be found if a localisation or classification error were corrected."
     )
     if math.isnan(ap):
         note += " There is no AP, since there are no objects."
