@@ -114,7 +114,7 @@ def _figure(image: int, results: DetectionResults, split: ErrorSplit, record: di
         place = _place(results.detection_boxes[index], size)
         data = f'data-kind="{kind}" data-classes="{" ".join(map(str, sorted(classes)))}" data-score="{score:.6f}"'
         x, y = results.detection_boxes[index, :2] / size
-        side = " top" * (y < 0.08) + " right" * (x > 0.75)
+        side = (" top" if y < 0.08 else "") + (" right" if x > 0.75 else "")  # so that the label is inside the image
         boxes.append(f'<i class="box {kind}{side}" {data} {place} title="{what}"><b>{name} {score:.2f}</b></i>')
     return (
         f'<figure class="image"><div class="picture">{_picture(record)}{"".join(boxes)}</div>'

@@ -227,9 +227,11 @@ def _confusion(class_names: Sequence[str], counts: np.ndarray, score_threshold: 
     )
     if not counts[:, :-1].any():
         note += f" No detection has a score of {score_threshold:g} or more."
+    corner = "<th>detected as &rarr;<br>ground truth &darr;</th>"
+    style = "confusion many" if last > 12 else "confusion"
     return (
-        f'<p class="quiet">{note}</p><div class="scroll"><table class="confusion{" many" * (last > 12)}">'
-        f"<thead><tr><th>detected as &rarr;<br>ground truth &darr;</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f'<p class="quiet">{note}</p><div class="scroll"><table class="{style}"><thead><tr>{corner}{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
