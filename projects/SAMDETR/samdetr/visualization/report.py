@@ -209,16 +209,17 @@ def _confusion(class_names: Sequence[str], counts: np.ndarray, score_threshold: 
         cells = []
         for column, other in enumerate(columns):
             number = counts[row, column]
-            style = "same " * (row == column < last) + "edge " * (column == last)
+            style = "edge" if column == last else ""
             if number == 0:
-                cells.append(f'<td class="{style}zero">{"" if row == column == last else "&middot;"}</td>')
+                cells.append(f'<td class="{style} zero">{"" if row == column == last else "&middot;"}</td>')
                 continue
-            share = number / total
             what = f"{name}: {number} of {total} {'objects' if row < last else 'false detections'} "
             what += "missed" if column == last else f"detected as {other}"
+            share, color = number / total, "0,114,178" if row == column else "213,94,0"
             strong = "strong" if share > 0.55 else ""
             cells.append(
-                f'<td class="{style}{strong}" style="--share:{share:.2f}" title="{html.escape(what)}">{number}</td>'
+                f'<td class="{style} {strong}" style="background:rgba({color},{share:.2f})" title="{html.escape(what)}">'
+                f"{number}</td>"
             )
         body.append(f"<tr>{_name(name)}{''.join(cells)}</tr>")
     note = (
