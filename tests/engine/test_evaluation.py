@@ -75,6 +75,85 @@ def test_results_without_boxes_are_null_in_the_file(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail)["results"] == {"bbox": {"AP": 12.5, "APl": None}}
 
 
+class Repeats(torch.nn.Module):
+    """A model that detects the same boxes in every image."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, boxes, labels):
+        super().__init__()
+        self.boxes, self.labels = torch.tensor(boxes).reshape(-1, 4).float(), torch.tensor(labels).long()
+
+    def forward(self, batch):
+        found = []
+        for inputs in batch:
+            instances = Instances((inputs["height"], inputs["width"]))
+            instances.pred_boxes, instances.pred_classes = Boxes(self.boxes), self.labels
+            instances.scores = torch.linspace(0.9, 0.5, len(self.labels))
+            found.append({"instances": instances})
+        return found
+
+
+@pytest.fixture
+def registered(shapes_root, tmp_path):
+    """Register the shapes' annotations after a change; returns the dataset's name."""
+    names = []
+
+    def register(change):
+        content = json.loads((shapes_root / "annotations.json").read_text())
+        change(content)
+        names.append(f"shapes_{len(names)}")
+        (tmp_path / f"{names[-1]}.json").write_text(json.dumps(content))
+        register_coco_instances(names[-1], {}, str(tmp_path / f"{names[-1]}.json"), str(shapes_root))
+        return names[-1]
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_evaluated_images_come_back_in_cocos_format_with_the_datasets_ids(registered, shapes_root):
+    """Also where the dataset has its classes in another order than the model."""
+
+    def renumber(content):
+        for entry in [*content["annotations"], *content["categories"]]:
+            key = "category_id" if "category_id" in entry else "id"
+            entry[key] = {1: 9, 2: 4}[entry[key]]
+
+    model = Repeats([[1, 2, 21, 32], [5, 5, 15, 15]], [0, 1])  # green, red
+    name = registered(renumber)
+    evaluation = evaluate_images(tiny_config(), model, name, 3, 0.3, ["green", "red"])
+    truth = json.loads((shapes_root / "annotations.json").read_text())
+    assert [image["id"] for image in evaluation.ground_truth["images"]] == [1, 2, 3]
+    assert evaluation.ground_truth["categories"] == [{"id": 4, "name": "red"}, {"id": 9, "name": "green"}]
+    expected = [entry["bbox"] for entry in truth["annotations"] if entry["image_id"] <= 3]
+    assert [entry["bbox"] for entry in evaluation.ground_truth["annotations"]] == expected
+    found = [[entry[key] for key in ("image_id", "category_id", "bbox")] for entry in evaluation.coco_detections]
+    assert sorted(found) == sorted(
+        [image, category, box] for image in (1, 2, 3) for category, box in ((9, [1, 2, 20, 30]), (4, [5, 5, 10, 10]))
+    )
+    for label, class_name in enumerate(("red", "green")):
+        assert evaluation.class_ap[label, 0] == pytest.approx(evaluation.results[f"AP-{class_name}"], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "change"),
+    [
+        ([], lambda content: None),
+        ([[1, 2, 21, 32]], lambda content: content.update(annotations=[])),
+        ([[1, 2, 21, 32]], lambda content: content.pop("annotations")),
+        ([], lambda content: content.pop("annotations")),
+    ],
+)
+def test_without_detections_or_objects_there_is_no_ap(registered, boxes, change):
+    evaluation = evaluate_images(tiny_config(), Repeats(boxes, [0] * len(boxes)), registered(change), None, 0.3)
+    assert len(evaluation.records) == 6 and len(evaluation.coco_detections) == 6 * len(boxes)
+    assert all(math.isnan(evaluation.results[name]) for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
+    assert torch.tensor(evaluation.class_ap).isnan().all() and evaluation.class_ap.shape == (2, 6)
+    assert evaluation.precision.shape == (10, 101) and not evaluation.precision.any()
+
+
 @pytest.mark.slow
 def test_image_by_image_it_agrees_with_the_run(run_folder):
     """AP of all images, as COCOEvaluator has written it at the end of the run."""
