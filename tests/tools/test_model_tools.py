@@ -369,7 +369,9 @@ def test_report(tool, run_folder, tmp_path):
     page = output.read_text()
     for text in ("Precision and recall", "Worst images", "Best images", "MODEL", "torch", "data:image/jpeg;base64"):
         assert text in page
-    assert 'src="http' not in page and "href" not in page  # self-contained
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings[1:7] == ["Precision and recall", "By class", "Score thresholds", "Confusion", "Errors", "Images"]
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # self-contained
 
 
 @pytest.mark.slow

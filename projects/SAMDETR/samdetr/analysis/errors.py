@@ -15,9 +15,9 @@ ERROR_KINDS = {
     "classification": "wrong class, IoU of 0.5 or more",
     "localisation": "right class, IoU from 0.1 to 0.5",
     "both": "wrong class, IoU from 0.1 to 0.5",
-    "duplicate": "right class, IoU of 0.5 or more, but a higher score has found the object",
+    "duplicate": "right class, IoU of 0.5 or more, of an object that is found with a higher score",
     "background": "no object with an IoU of 0.1 or more",
-    "missed": "an object that nothing finds, and that no classification or localisation error is about",
+    "missed": "an object that no detection finds, mislocates or misclassifies",
 }
 
 

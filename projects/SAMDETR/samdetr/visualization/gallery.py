@@ -94,39 +94,35 @@ def _choose(
 
 
 def _figure(image: int, results: DetectionResults, split: ErrorSplit, record: dict, quality: float) -> str:
-    size = np.array([record["width"], record["height"]])
-    names, boxes = results.class_names, []
+    names, parts = results.class_names, []
+
+    def add(style: str, box: np.ndarray, what: str, label: str = "", data: str = "") -> None:
+        x, y, width, height = 100 * box / np.tile([record["width"], record["height"]], 2)
+        side = (" top" if y < 8 else "") + (" right" if x > 75 else "")  # so that the label is inside the image
+        parts.append(
+            f'<i class="{style}{side}" style="left:{x:.2f}%;top:{y:.2f}%;width:{width:.2f}%;height:{height:.2f}%" {data} '
+            f'title="{html.escape(what)}">{label and f"<b>{html.escape(label)}</b>"}</i>'
+        )
+
     for index in np.flatnonzero(results.object_image == image):
-        label, kind = results.object_class[index], split.object_kinds[index]
-        name = html.escape(names[label])
-        place = _place(results.object_boxes[index], size)
-        boxes.append(f'<i class="truth {kind if kind == "crowd" else ""}" {place} title="ground truth: {name}"></i>')
+        label, kind, box = results.object_class[index], split.object_kinds[index], results.object_boxes[index]
+        add("truth crowd" if kind == "crowd" else "truth", box, f"ground truth: {names[label]}")
         if kind == "missed":
             data = f'data-kind="missed" data-classes="{label}"'
-            boxes.append(f'<i class="box missed" {data} {place} title="missed: {name}"><b>{name}</b></i>')
+            add("box missed", box, f"missed: {names[label]}", names[label], data)
     for index in np.flatnonzero(results.detection_image == image)[::-1]:  # the most confident on top
         label, kind, score = results.detection_class[index], split.detection_kinds[index], results.scores[index]
-        about, name = split.about[index], html.escape(names[label])
-        classes, what = {label}, f"{name}, score {score:.3f}: {kind}"
+        classes, what = str(label), f"{names[label]}, score {score:.3f}: {kind}"
         if kind in ("classification", "both"):
-            classes.add(results.object_class[about])
-            what += f", the object is {html.escape(names[results.object_class[about]])}"
-        place = _place(results.detection_boxes[index], size)
-        data = f'data-kind="{kind}" data-classes="{" ".join(map(str, sorted(classes)))}" data-score="{score:.6f}"'
-        x, y = results.detection_boxes[index, :2] / size
-        side = (" top" if y < 0.08 else "") + (" right" if x > 0.75 else "")  # so that the label is inside the image
-        boxes.append(f'<i class="box {kind}{side}" {data} {place} title="{what}"><b>{name} {score:.2f}</b></i>')
+            other = results.object_class[split.about[index]]
+            classes, what = f"{label} {other}", f"{what}, the object is {names[other]}"
+        data = f'data-kind="{kind}" data-classes="{classes}" data-score="{score:.6f}"'
+        add(f"box {kind}", results.detection_boxes[index], what, f"{names[label]} {score:.2f}", data)
     return (
-        f'<figure class="image"><div class="picture">{_picture(record)}{"".join(boxes)}</div>'
+        f'<figure class="image"><div class="picture">{_picture(record)}{"".join(parts)}</div>'
         f"<figcaption><b>F1 {100 * quality:.0f}</b>{html.escape(str(record['file_name']).rsplit('/', 1)[-1])}"
         "</figcaption></figure>"
     )
-
-
-def _place(box: np.ndarray, size: np.ndarray) -> str:
-    """Return where a box lies in its image, as CSS."""
-    x, y, width, height = 100 * box / np.tile(size, 2)
-    return f'style="left:{x:.2f}%;top:{y:.2f}%;width:{width:.2f}%;height:{height:.2f}%"'
 
 
 def _picture(record: dict) -> str:

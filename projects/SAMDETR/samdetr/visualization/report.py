@@ -86,7 +86,7 @@ def _percent(value: float) -> str:
 def _cell(value: float, text: str | None = None, before: str = "") -> str:
     """Return a table's cell that is sorted by its value; one without a value is shown as a dash, and sorted to the end."""
     sorted_by = "" if math.isnan(value) else f"{value:.6g}"
-    return f'<td data-value="{sorted_by}">{before}{_percent(value) if text is None else text}</td>'
+    return f'<td data-value="{sorted_by}">{before}<span>{_percent(value) if text is None else text}</span></td>'
 
 
 def _bar(share: float) -> str:
@@ -215,16 +215,18 @@ def _confusion(class_names: Sequence[str], counts: np.ndarray, score_threshold: 
                 continue
             what = f"{name}: {number} of {total} {'objects' if row < last else 'false detections'} "
             what += "missed" if column == last else f"detected as {other}"
-            share, color = number / total, "0,114,178" if row == column else "213,94,0"
-            strong = "strong" if share > 0.55 else ""
+            share = number / total
+            color = (
+                f"0,114,178,{share:.2f}" if row == column else f"213,94,0,{0.75 * share:.2f}"
+            )  # black can be read on it
+            strong = "strong" if row == column and share > 0.55 else ""
             cells.append(
-                f'<td class="{style} {strong}" style="background:rgba({color},{share:.2f})" title="{html.escape(what)}">'
-                f"{number}</td>"
+                f'<td class="{style} {strong}" style="background:rgba({color})" title="{html.escape(what)}">{number}</td>'
             )
         body.append(f"<tr>{_name(name)}{''.join(cells)}</tr>")
     note = (
         "Rows are ground truth, columns what was detected there: detections with a score of "
-        f"{score_threshold:g} or more and an IoU of 0.5 or more. A row's colour is the share of its objects."
+        f"{score_threshold:g} or more and an IoU of 0.5 or more. The deeper a cell's colour, the larger its share of the row."
     )
     if not counts[:, :-1].any():
         note += f" No detection has a score of {score_threshold:g} or more."
