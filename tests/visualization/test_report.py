@@ -122,7 +122,7 @@ def test_the_tables(tmp_path):
         "missed": "2",
     }
     assert numbers == kinds
-    assert "Of 5 objects, 1 are found and 2 missed; the other 2 would be found" in sections["Errors"]
+    assert "Of 5 objects: 1 found, 2 missed, and 2 that would be found" in sections["Errors"]
 
 
 def test_images_show_each_kind_once_and_are_chosen_by_f1(tmp_path):

@@ -248,11 +248,11 @@ def _errors(results: DetectionResults, shown: DetectionResults, split: ErrorSpli
     ]
     states = {kind: int((split.object_kinds == kind).sum()) for kind in ("found", "missed", "mistaken")}
     note = (
-        "Each false detection and each missed object has exactly one kind of error, as in TIDE (Bolya et al. 2020). Numbers "
-        f"are of detections with a score of {score_threshold:g} or more; dAP is how much higher AP50, which is "
-        f"{_percent(ap)}, would be of all detections if errors of this kind alone were corrected. "
-        f"Of {sum(states.values())} objects, {states['found']} are found and {states['missed']} missed; the other "
-        f"{states['mistaken']} would be found if a localisation or classification error were corrected."
+        "Every false detection and every missed object has exactly one kind of error, as in TIDE (Bolya et al. 2020). The "
+        f"numbers count detections with a score of {score_threshold:g} or more. dAP is about all detections: how much higher "
+        f"AP50 ({_percent(ap)}) would be if this kind of error alone were corrected. Of {sum(states.values())} objects: "
+        f"{states['found']} found, {states['missed']} missed, and {states['mistaken']} that would be found if a localisation "
+        "or classification error were corrected."
     )
     if math.isnan(ap):
         note += " There is no AP, since there are no objects."
