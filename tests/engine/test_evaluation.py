@@ -1,5 +1,6 @@
 """samdetr.engine.evaluation: image by image, it agrees with the run's evaluation."""
 
+import html
 import json
 import math
 
@@ -8,8 +9,11 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
 
 from helpers import tiny_config
+from samdetr.analysis import confusion_matrix, read_results
+from samdetr.data import register_datasets
 from samdetr.engine.evaluation import build_evaluator, evaluate_images, f1, write_results
 
 
@@ -135,6 +139,45 @@ def test_evaluated_images_come_back_in_cocos_format_with_the_datasets_ids(regist
     )
     for label, class_name in enumerate(("red", "green")):
         assert evaluation.class_ap[label, 0] == pytest.approx(evaluation.results[f"AP-{class_name}"], nan_ok=True)
+
+
+@pytest.mark.parametrize("key", ["VOC_FORMAT", "YOLO_FORMAT"])
+def test_other_formats_come_back_in_cocos_format(tmp_path, key):
+    """A box of 20 x 40 pixels at the left edge, with special characters in its class's name; difficult ones are crowd."""
+    name = "<a> & b"
+    images = tmp_path / ("JPEGImages" if key == "VOC_FORMAT" else "images")
+    images.mkdir()
+    Image.new("RGB", (80, 40)).save(images / "one.png")
+    if key == "VOC_FORMAT":
+        for folder in ("Annotations", "ImageSets/Main"):
+            (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("one\n")
+        objects = "".join(
+            f"<object><name>{html.escape(name)}</name><difficult>{difficult}</difficult><bndbox><xmin>1</xmin>"
+            f"<ymin>1</ymin><xmax>{right}</xmax><ymax>40</ymax></bndbox></object>"
+            for difficult, right in ((0, 20), (1, 80))
+        )
+        (tmp_path / "Annotations" / "one.xml").write_text(
+            f"<annotation><filename>one.png</filename>{objects}</annotation>"
+        )
+        entry = [key, str(tmp_path), "val"]
+    else:
+        (tmp_path / "labels").mkdir()
+        (tmp_path / "labels" / "one.txt").write_text("0 0.125 0.5 0.25 1\n")
+        (tmp_path / "data.yaml").write_text(json.dumps({"val": "images", "names": [name]}))
+        entry = [key, str(tmp_path / "data.yaml"), "val"]
+    cfg = tiny_config(f"DATASETS.{key}", [entry], "DATASETS.TEST", (key,))
+    register_datasets(cfg)
+    try:
+        evaluation = evaluate_images(cfg, Repeats([[0, 0, 20, 40]], [0]), key, None, 0.3, [name])
+    finally:
+        DatasetCatalog.remove(key)
+        MetadataCatalog.remove(key)
+    results = read_results(evaluation.ground_truth, evaluation.coco_detections)
+    assert results.class_names == [name] and results.object_counts().tolist() == [1]
+    assert results.crowd.tolist() == ([False, True] if key == "VOC_FORMAT" else [False])
+    assert evaluation.class_ap[0, :3].tolist() == pytest.approx([100] * 3)
+    assert confusion_matrix(results, 0.3).tolist() == [[1, 0], [0, 0]]
 
 
 @pytest.mark.parametrize(
