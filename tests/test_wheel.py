@@ -40,6 +40,8 @@ def test_configs_are_found_from_an_installed_wheel(tmp_path):
         str(path.relative_to(tmp_path / "installed" / "samdetr")) for path in (tmp_path / "installed").rglob("*.yaml")
     }
     assert found == shipped and len(found) > 30
+    drawn_with = tmp_path / "installed" / "samdetr" / "visualization"
+    assert {path.name for path in drawn_with.iterdir()} >= {"published_training_curves.csv", "report.css", "report.js"}
     code = f"""
         import sys
         sys.path.insert(0, {str(tmp_path / "installed")!r})

@@ -197,7 +197,7 @@ def test_the_report_matches_classes_by_name(tool, run_folder, renumbered, tmp_pa
         assert not status, printed
         pages.append((tmp_path / f"{name}.html").read_text())
     tables = [re.search(r"<h2>By class</h2>(.*?)</section>", page)[1] for page in pages]
-    numbers = [re.search(r"<div class=numbers>(.*?)</section>", page)[1] for page in pages]
+    numbers = [re.search(r"<div class=numbers>(.*?)</header>", page)[1] for page in pages]
     assert tables[0] == tables[1] and numbers[0] == numbers[1]
 
 
