@@ -216,9 +216,8 @@ def _confusion(class_names: Sequence[str], counts: np.ndarray, score_threshold: 
             what = f"{name}: {number} of {total} {'objects' if row < last else 'false detections'} "
             what += "missed" if column == last else f"detected as {other}"
             share = number / total
-            color = (
-                f"0,114,178,{share:.2f}" if row == column else f"213,94,0,{0.75 * share:.2f}"
-            )  # black can be read on it
+            # An error's colour is lighter, so that black can be read on it.
+            color = f"0,114,178,{share:.2f}" if row == column else f"213,94,0,{0.75 * share:.2f}"
             strong = "strong" if row == column and share > 0.55 else ""
             cells.append(
                 f'<td class="{style} {strong}" style="background:rgba({color})" title="{html.escape(what)}">{number}</td>'
