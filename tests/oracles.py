@@ -1,9 +1,13 @@
 """Plain formulations, written loop by loop or with torchvision's ops, that the tests compare with."""
 
+import contextlib
+import io
 import math
 
 import torch
 import torch.nn.functional as F
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torchvision import ops
 from torchvision.ops import generalized_box_iou
 
@@ -120,3 +124,15 @@ def plain_losses(logits, boxes, pairs):
             l1 += (boxes[query] - box).abs().sum()
             giou += 1 - generalized_box_iou(cxcywh_to_xyxy(boxes[query][None]), cxcywh_to_xyxy(box[None]))[0, 0]
     return torch.tensor([2 * focal, 5 * l1, 2 * giou])
+
+
+def cocoeval(truth, detections):
+    """pycocotools' evaluation of ground truth and detections in COCO's formats."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(detections), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation

@@ -17,6 +17,7 @@ FORBIDDEN = {
     "checkpoint": ["modeling", "checks", "data", "engine"],
     "data": ["modeling", "engine"],
     "engine": ["predictor", "checks", "visualization"],
+    "analysis": ["modeling", "engine", "data", "predictor", "config", "checks", "checkpoint", "visualization"],
 }
 
 

@@ -38,7 +38,9 @@ def test_a_wheel_works_from_any_directory(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     (information,) = (tmp_path / "installed").glob("samdetr-*.dist-info")
     assert "samdetr = samdetr.cli:main" in (information / "entry_points.txt").read_text()
-    required = [line for line in (information / "METADATA").read_text().splitlines() if line.startswith("Requires-Dist")]
+    required = [
+        line for line in (information / "METADATA").read_text().splitlines() if line.startswith("Requires-Dist")
+    ]
     assert len(required) > 10 and not any("@" in line for line in required)  # which a package index refuses
     assert (tmp_path / "installed" / "samdetr" / "py.typed").exists()
     shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
@@ -46,6 +48,8 @@ def test_a_wheel_works_from_any_directory(tmp_path):
         str(path.relative_to(tmp_path / "installed" / "samdetr")) for path in (tmp_path / "installed").rglob("*.yaml")
     }
     assert found == shipped and len(found) > 30
+    drawn_with = tmp_path / "installed" / "samdetr" / "visualization"
+    assert {path.name for path in drawn_with.iterdir()} >= {"published_training_curves.csv", "report.css", "report.js"}
     code = f"""
         import sys
         sys.path.insert(0, {str(tmp_path / "installed")!r})

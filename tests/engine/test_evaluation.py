@@ -1,5 +1,6 @@
 """samdetr.engine.evaluation: image by image, it agrees with the run's evaluation."""
 
+import html
 import json
 import math
 
@@ -8,8 +9,11 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
 
 from helpers import tiny_config
+from samdetr.analysis import confusion_matrix, read_results
+from samdetr.data import register_datasets
 from samdetr.engine.evaluation import build_evaluator, evaluate_images, f1, write_results
 
 
@@ -73,6 +77,124 @@ def test_results_without_boxes_are_null_in_the_file(tmp_path):
     write_results(cfg, {"bbox": {"AP": 12.5, "APl": float("nan")}}, "evaluation.json", "weights.pth")
     text = (tmp_path / "evaluation.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["results"] == {"bbox": {"AP": 12.5, "APl": None}}
+
+
+class Repeats(torch.nn.Module):
+    """A model that detects the same boxes in every image."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, boxes, labels):
+        super().__init__()
+        self.boxes, self.labels = torch.tensor(boxes).reshape(-1, 4).float(), torch.tensor(labels).long()
+
+    def forward(self, batch):
+        found = []
+        for inputs in batch:
+            instances = Instances((inputs["height"], inputs["width"]))
+            instances.pred_boxes, instances.pred_classes = Boxes(self.boxes), self.labels
+            instances.scores = torch.linspace(0.9, 0.5, len(self.labels))
+            found.append({"instances": instances})
+        return found
+
+
+@pytest.fixture
+def registered(shapes_root, tmp_path):
+    """Register the shapes' annotations after a change; returns the dataset's name."""
+    names = []
+
+    def register(change):
+        content = json.loads((shapes_root / "annotations.json").read_text())
+        change(content)
+        names.append(f"shapes_{len(names)}")
+        (tmp_path / f"{names[-1]}.json").write_text(json.dumps(content))
+        register_coco_instances(names[-1], {}, str(tmp_path / f"{names[-1]}.json"), str(shapes_root))
+        return names[-1]
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_evaluated_images_come_back_in_cocos_format_with_the_datasets_ids(registered, shapes_root):
+    """Also where the dataset has its classes in another order than the model."""
+
+    def renumber(content):
+        for entry in [*content["annotations"], *content["categories"]]:
+            key = "category_id" if "category_id" in entry else "id"
+            entry[key] = {1: 9, 2: 4}[entry[key]]
+
+    model = Repeats([[1, 2, 21, 32], [5, 5, 15, 15]], [0, 1])  # green, red
+    name = registered(renumber)
+    evaluation = evaluate_images(tiny_config(), model, name, 3, 0.3, ["green", "red"])
+    truth = json.loads((shapes_root / "annotations.json").read_text())
+    assert [image["id"] for image in evaluation.ground_truth["images"]] == [1, 2, 3]
+    assert evaluation.ground_truth["categories"] == [{"id": 4, "name": "red"}, {"id": 9, "name": "green"}]
+    expected = [entry["bbox"] for entry in truth["annotations"] if entry["image_id"] <= 3]
+    assert [entry["bbox"] for entry in evaluation.ground_truth["annotations"]] == expected
+    found = [[entry[key] for key in ("image_id", "category_id", "bbox")] for entry in evaluation.coco_detections]
+    assert sorted(found) == sorted(
+        [image, category, box] for image in (1, 2, 3) for category, box in ((9, [1, 2, 20, 30]), (4, [5, 5, 10, 10]))
+    )
+    for label, class_name in enumerate(("red", "green")):
+        assert evaluation.class_ap[label, 0] == pytest.approx(evaluation.results[f"AP-{class_name}"], nan_ok=True)
+
+
+@pytest.mark.parametrize("key", ["VOC_FORMAT", "YOLO_FORMAT"])
+def test_other_formats_come_back_in_cocos_format(tmp_path, key):
+    """A box of 20 x 40 pixels at the left edge, with special characters in its class's name; difficult ones are crowd."""
+    name = "<a> & b"
+    images = tmp_path / ("JPEGImages" if key == "VOC_FORMAT" else "images")
+    images.mkdir()
+    Image.new("RGB", (80, 40)).save(images / "one.png")
+    if key == "VOC_FORMAT":
+        for folder in ("Annotations", "ImageSets/Main"):
+            (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("one\n")
+        objects = "".join(
+            f"<object><name>{html.escape(name)}</name><difficult>{difficult}</difficult><bndbox><xmin>1</xmin>"
+            f"<ymin>1</ymin><xmax>{right}</xmax><ymax>40</ymax></bndbox></object>"
+            for difficult, right in ((0, 20), (1, 80))
+        )
+        (tmp_path / "Annotations" / "one.xml").write_text(
+            f"<annotation><filename>one.png</filename>{objects}</annotation>"
+        )
+        entry = [key, str(tmp_path), "val"]
+    else:
+        (tmp_path / "labels").mkdir()
+        (tmp_path / "labels" / "one.txt").write_text("0 0.125 0.5 0.25 1\n")
+        (tmp_path / "data.yaml").write_text(json.dumps({"val": "images", "names": [name]}))
+        entry = [key, str(tmp_path / "data.yaml"), "val"]
+    cfg = tiny_config(f"DATASETS.{key}", [entry], "DATASETS.TEST", (key,))
+    register_datasets(cfg)
+    try:
+        evaluation = evaluate_images(cfg, Repeats([[0, 0, 20, 40]], [0]), key, None, 0.3, [name])
+    finally:
+        DatasetCatalog.remove(key)
+        MetadataCatalog.remove(key)
+    results = read_results(evaluation.ground_truth, evaluation.coco_detections)
+    assert results.class_names == [name] and results.object_counts().tolist() == [1]
+    assert results.crowd.tolist() == ([False, True] if key == "VOC_FORMAT" else [False])
+    assert evaluation.class_ap[0, :3].tolist() == pytest.approx([100] * 3)
+    assert confusion_matrix(results, 0.3).tolist() == [[1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "change"),
+    [
+        ([], lambda content: None),
+        ([[1, 2, 21, 32]], lambda content: content.update(annotations=[])),
+        ([[1, 2, 21, 32]], lambda content: content.pop("annotations")),
+        ([], lambda content: content.pop("annotations")),
+    ],
+)
+def test_without_detections_or_objects_there_is_no_ap(registered, boxes, change):
+    evaluation = evaluate_images(tiny_config(), Repeats(boxes, [0] * len(boxes)), registered(change), None, 0.3)
+    assert len(evaluation.records) == 6 and len(evaluation.coco_detections) == 6 * len(boxes)
+    assert all(math.isnan(evaluation.results[name]) for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
+    assert torch.tensor(evaluation.class_ap).isnan().all() and evaluation.class_ap.shape == (2, 6)
+    assert evaluation.precision.shape == (10, 101) and not evaluation.precision.any()
 
 
 @pytest.mark.slow

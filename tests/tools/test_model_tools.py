@@ -197,7 +197,7 @@ def test_the_report_matches_classes_by_name(tool, run_folder, renumbered, tmp_pa
         assert not status, printed
         pages.append((tmp_path / f"{name}.html").read_text())
     tables = [re.search(r"<h2>By class</h2>(.*?)</section>", page)[1] for page in pages]
-    numbers = [re.search(r"<div class=numbers>(.*?)</section>", page)[1] for page in pages]
+    numbers = [re.search(r"<div class=numbers>(.*?)</header>", page)[1] for page in pages]
     assert tables[0] == tables[1] and numbers[0] == numbers[1]
 
 
@@ -369,7 +369,9 @@ def test_report(tool, run_folder, tmp_path):
     page = output.read_text()
     for text in ("Precision and recall", "Worst images", "Best images", "MODEL", "torch", "data:image/jpeg;base64"):
         assert text in page
-    assert 'src="http' not in page and "href" not in page  # self-contained
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings[1:7] == ["Precision and recall", "By class", "Score thresholds", "Confusion", "Errors", "Images"]
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # self-contained
 
 
 @pytest.mark.slow

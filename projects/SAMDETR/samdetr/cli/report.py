@@ -1,4 +1,4 @@
-"""Write one self-contained HTML page about a run: curves, AP by class and size, precision and recall, images, config.
+"""Write one self-contained HTML page about a run: curves, AP by class and size, score thresholds, confusion, errors, images.
 
     samdetr report --input output/demo --output output/demo/report.html
     samdetr report --input output/demo --weights output/demo/model_best.pth --max-images 500 --output report.html
@@ -16,38 +16,18 @@ import time
 from pathlib import Path
 
 import numpy as np
-from detectron2.structures import Instances
 from detectron2.utils.collect_env import collect_env_info
 from matplotlib.figure import Figure
-from PIL import Image
 
+from ..analysis import AP_NAMES, read_results
 from ..checks import check_config
 from ..data import register_datasets
 from ..engine import evaluate_images
 from ..engine.evaluation import ImageEvaluation
 from ..errors import UserError
 from ..predictor import Predictor
-from ..visualization import draw_beside_truth, draw_curves, draw_pairs, read_metrics
+from ..visualization import analysis_sections, draw_curves, read_metrics, report_page
 from .common import SCORE_THRESHOLD, add_model_arguments, load_predictor, output_file, score
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
-.quiet { color: #666; } .numbers { display: flex; flex-wrap: wrap; gap: 1em; margin: 1em 0; }
-.number { background: #f3f5f8; border-radius: 6px; padding: .5em 1.2em; text-align: center; }
-.number b { display: block; font-size: 1.5em; }
-img { max-width: 100%; } table { border-collapse: collapse; } td, th { padding: .15em .8em; text-align: right; }
-td:first-child, th:first-child { text-align: left; } .bar { text-align: left; width: 320px; }
-.bar i { display: block; height: .9em; background: #4c78a8; border-radius: 2px; }
-pre { background: #f3f5f8; padding: 1em; overflow-x: auto; font-size: 12px; } summary { cursor: pointer; }
-"""
-
-
-def picture(array: np.ndarray) -> str:
-    """Return an image as an HTML element that carries its own data."""
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="JPEG", quality=85)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def drawing(figure: Figure) -> str:
@@ -79,29 +59,6 @@ def number_boxes(stats: dict[str, float]) -> str:
     return "".join(f'<div class="number">{name}<b>{percent(value)}</b></div>' for name, value in stats.items())
 
 
-def class_table(names: list[str], evaluation: ImageEvaluation, records: list[dict]) -> str:
-    counts = np.zeros(len(names), int)
-    for record in records:
-        for annotation in record.get("annotations", []):
-            counts[annotation["category_id"]] += 1
-    class_ap = [
-        evaluation.results.get(f"AP-{name}", evaluation.results["AP"] if len(names) == 1 else math.nan)
-        for name in names
-    ]
-    rows = sorted(zip(names, counts, class_ap), key=lambda row: -1 if math.isnan(row[2]) else -row[2])
-    body = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{count}</td><td>{percent(ap)}</td>"
-        f'<td class="bar"><i style="width:{0 if math.isnan(ap) else ap:.1f}%"></i></td></tr>'
-        for name, count, ap in rows
-    )
-    return f"<table><tr><th>class</th><th>boxes</th><th>AP</th><th></th></tr>{body}</table>"
-
-
-def images(records: list[dict], found: dict[int, Instances], names: list[str], threshold: float) -> str:
-    pairs = [draw_beside_truth(record, found[record["image_id"]], names, threshold) for record in records]
-    return picture(draw_pairs(pairs, columns=2))
-
-
 def write_page(arguments: argparse.Namespace, predictor: Predictor, weights: Path) -> str:
     """Evaluate, and return the page's HTML."""
     name = predictor.cfg.DATASETS.TEST[0]
@@ -113,31 +70,32 @@ def write_page(arguments: argparse.Namespace, predictor: Predictor, weights: Pat
         arguments.score_threshold,
         predictor.class_names if predictor.knows_classes else None,
     )
-    records, found = evaluation.records, evaluation.detections
-    stats = {key: evaluation.results[key] for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
-    names = predictor.class_names
-    ranked = sorted(records, key=lambda record: evaluation.quality[record["image_id"]])
-    number = min(arguments.num_examples, -(-len(ranked) // 2))
-    worst, best = ranked[:number], ranked[::-1][:number]
+    records, stats = evaluation.records, {key: evaluation.results[key] for key in AP_NAMES}
     metrics = Path(arguments.input) / "metrics.json"
     curves = drawing(draw_curves({"this run": read_metrics(metrics)})) if metrics.exists() else "No metrics.json."
     quality = np.mean(list(evaluation.quality.values()))
-    title = html.escape(str(arguments.input))
-    sections = [
-        f"<h1>{title}</h1><p class=quiet>{html.escape(str(weights))} on {len(records)} images of {html.escape(name)}, "
+    results = read_results(evaluation.ground_truth, evaluation.coco_detections)
+    top = (
+        f"<p class=quiet>{html.escape(str(weights))} on {len(records)} images of {html.escape(name)}, "
         f"{time.strftime('%Y-%m-%d %H:%M')}</p><div class=numbers>{number_boxes(stats)}"
-        f'<div class="number">F1 at {arguments.score_threshold}<b>{100 * quality:.1f}</b></div></div>',
-        f"<h2>Training</h2>{curves}",
-        f"<h2>Precision and recall</h2>{drawing(precision_recall(evaluation))}",
-        f"<h2>By class</h2>{class_table(names, evaluation, records)}",
-        f"<h2>Worst images</h2><p class=quiet>Ground truth left, detections right.</p>"
-        f"{images(worst, found, names, arguments.score_threshold)}",
-        f"<h2>Best images</h2>{images(best, found, names, arguments.score_threshold)}",
-        f"<h2>Config</h2><details><summary>All keys</summary><pre>{html.escape(predictor.cfg.dump())}</pre></details>",
-        f"<h2>Environment</h2><details><summary>Versions</summary><pre>{html.escape(collect_env_info())}</pre></details>",
-    ]
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
-    return f"{head}<body>{''.join(f'<section>{section}</section>' for section in sections)}</body></html>"
+        f'<div class="number">F1 at {arguments.score_threshold}<b>{100 * quality:.1f}</b></div></div>'
+    )
+    sections = {
+        "Training": curves,
+        "Precision and recall": drawing(precision_recall(evaluation)),
+        **analysis_sections(
+            results,
+            evaluation.class_ap,
+            stats,
+            records,
+            evaluation.quality,
+            arguments.score_threshold,
+            arguments.num_examples,
+        ),
+        "Config": f"<details><summary>All keys</summary><pre>{html.escape(predictor.cfg.dump())}</pre></details>",
+        "Environment": f"<details><summary>Versions</summary><pre>{html.escape(collect_env_info())}</pre></details>",
+    }
+    return report_page(str(arguments.input), top, sections)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

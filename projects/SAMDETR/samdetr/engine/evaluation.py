@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +20,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from ..analysis import AP_NAMES, class_ap
 from ..checkpoint.checkpoint import write_atomically
 from ..data import build_test_loader, load_records, match_classes, read_dataset
-from ..errors import UserError
 from ..solver import autocast
 
 __all__ = ["CheckedEvaluator", "ImageEvaluation", "build_evaluator", "evaluate_images", "f1", "write_results"]
@@ -34,8 +34,12 @@ class CheckedEvaluator(COCOEvaluator):
     pycocotools would count an annotation whose id is 0 as not found by any detection; here they are numbered from 1.
 
     Attributes:
-        coco_eval: pycocotools' result of the last evaluation, with precision by recall.
+        coco_eval: pycocotools' result of the last evaluation, with precision by recall; None if there is nothing to evaluate.
+        detections: of the last evaluation, in COCO's format.
     """
+
+    coco_eval: COCOeval | None = None
+    detections: Sequence[dict] = ()
 
     def __init__(
         self,
@@ -100,7 +104,17 @@ class CheckedEvaluator(COCOEvaluator):
         if self._do_evaluation and all(entry["iscrowd"] for entry in self._coco_api.dataset["annotations"]):
             self._do_evaluation = False
             self._logger.warning("%s has no annotated objects: there is no AP.", self._metadata.name)
-        super()._eval_predictions(predictions, img_ids=img_ids)
+        super()._eval_predictions(predictions, img_ids=img_ids)  # puts the dataset's category ids into the predictions
+        self.detections = [detection for prediction in predictions for detection in prediction["instances"]]
+
+    def ground_truth(self, image_ids: Collection[int | str]) -> dict:
+        """Return the ground truth of some images in COCO's format."""
+        dataset = self._coco_api.dataset
+        return {
+            "categories": dataset["categories"],
+            "images": [image for image in dataset["images"] if image["id"] in image_ids],
+            "annotations": [entry for entry in dataset.get("annotations", []) if entry["image_id"] in image_ids],
+        }
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         self.coco_eval = coco_eval
@@ -148,14 +162,21 @@ class ImageEvaluation:
     Attributes:
         records: the dataset's records, in detectron2's standard format.
         detections: by image id, boxes in the image's pixels.
-        results: detectron2's, in percent: "AP", "AP50", ..., "APl", and "AP-NAME" of every class.
-        precision: (IoU thresholds, recall steps), mean over classes.
+        ground_truth: of the same images, in COCO's format.
+        coco_detections: the detections in COCO's format.
+        results: detectron2's, in percent: "AP", "AP50", ..., "APl", and "AP-NAME" of every class; NaN where there are no
+            such objects, and everywhere if nothing is detected.
+        class_ap: (K, 6), see :func:`samdetr.analysis.class_ap`, by category id.
+        precision: (IoU thresholds, recall steps), mean over classes; zeros if nothing is detected, or there are no objects.
         quality: F1 of each image id, in [0, 1].
     """
 
     records: list[dict]
     detections: dict[int, Instances]
+    ground_truth: dict
+    coco_detections: Sequence[dict]
     results: dict[str, float]
+    class_ap: np.ndarray
     precision: np.ndarray
     quality: dict[int, float]
 
@@ -179,7 +200,7 @@ def evaluate_images(
         class_names: the model's classes, by index, by which those of the dataset are matched; None if they are not known.
 
     Raises:
-        UserError: the dataset cannot be used, has other classes or no objects; or the model detects nothing at all.
+        UserError: the dataset cannot be used, or has other classes.
     """
     records = load_records(dataset_name, class_names)[:max_images]
     wanted = {record["image_id"] for record in records}
@@ -199,16 +220,17 @@ def evaluate_images(
         found |= {inputs["image_id"]: output["instances"].to("cpu") for inputs, output in pairs}
         progress.update(len(pairs))
     progress.close()
-    if not any(len(instances) for instances in found.values()):
-        raise UserError("The model detects nothing at all: name the weights of a trained model.")
-    results = evaluator.evaluate(img_ids=sorted(wanted)).get("bbox")
-    if results is None:
-        raise UserError(f"The dataset {dataset_name!r} has no annotated objects, so that there is nothing to report.")
-    precision = evaluator.coco_eval.eval["precision"][..., 0, -1]  # (IoU, recall, K); -1: a class without boxes
-    has_boxes = (precision >= 0).all((0, 1))
-    by_recall = precision[..., has_boxes].mean(-1) if has_boxes.any() else np.zeros(precision.shape[:2])
+    results = evaluator.evaluate(img_ids=sorted(wanted)).get("bbox", dict.fromkeys(AP_NAMES, math.nan))
+    truth = evaluator.ground_truth(wanted)
+    by_class, by_recall = np.full((len(truth["categories"]), len(AP_NAMES)), math.nan), np.zeros((10, 101))
+    if evaluator.coco_eval is not None:
+        precision = evaluator.coco_eval.eval["precision"]  # (IoU, recall, K, areas, limits); -1: a class without boxes
+        by_class = class_ap(precision)
+        has_boxes = (precision[..., 0, -1] >= 0).all((0, 1))
+        if has_boxes.any():
+            by_recall = precision[..., has_boxes, 0, -1].mean(-1)
     quality = {record["image_id"]: f1(record, found[record["image_id"]], score_threshold) for record in records}
-    return ImageEvaluation(records, found, results, by_recall, quality)
+    return ImageEvaluation(records, found, truth, evaluator.detections, results, by_class, by_recall, quality)
 
 
 def f1(record: dict, instances: Instances, score_threshold: float) -> float:

@@ -80,10 +80,10 @@ def roi_align_weights(boxes: Tensor, valid_size: Tensor, size: tuple[int, int], 
 
 
 def _bin_weights(start: Tensor, extent: Tensor, valid_length: Tensor, length: int, bins: int) -> Tensor:
-    """Return the weights of RoIAlign along several axes at once, which takes fewer operations. Called without autograd.
+    """Return the weights of RoIAlign along several axes at once, in fewer operations; called without autograd.
 
     Args:
-        start, extent: (B, R, A), for A axes, lower edge and size of each box along an axis, in pixels (pixel i spans [i, i + 1]).
+        start, extent: (B, R, A), lower edge and size of each box along each of A axes, in pixels (pixel i spans [i, i + 1]).
         valid_length: (B, 1, A), number of unpadded pixels of each image.
         length: number of pixels of the longer axis, padding included.
         bins: number of bins S.
