@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from .data.images import DEFAULT_MAX_PIXELS
 from .errors import UserError, did_you_mean
+from .limits import SET_DETECTORS
 
 __all__ = [
     "add_samdetr_config",
@@ -159,7 +160,7 @@ def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
     For an unknown meta-architecture they are "" and None.
     """
     for architectures, node in (
-        (("SAMDETR",), "SAMDETR"),
+        (SET_DETECTORS, "SAMDETR"),
         (("GeneralizedRCNN",), "ROI_HEADS"),
         (("RetinaNet", "build_fcos"), "RETINANET"),
     ):
@@ -293,6 +294,16 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.NAME = ""
     cfg.MODEL.TIMM.WEIGHTS = ""
     cfg.MODEL.TIMM.FREEZE_NORM = False
+
+    # For the meta-architecture TransformersDETR (samdetr.modeling.baselines.transformers_detr), which reads the sizes, matcher and
+    # losses in MODEL.SAMDETR as well: "detr", "conditional_detr", "dab_detr" or "deformable_detr". DN-DETR is "dab_detr" with
+    # QUERY_GENERATOR.NAME "DenoisingQueryGenerator".
+    cfg.MODEL.TRANSFORMERS = CfgNode()
+    cfg.MODEL.TRANSFORMERS.DETECTOR = "detr"
+    # Deformable DETR only. Feature levels: those of IN_FEATURES, and further ones, each at half the size of the one before.
+    cfg.MODEL.TRANSFORMERS.NUM_LEVELS = 1
+    # Probability of dropout, as published; DAB-DETR and DN-DETR have none.
+    cfg.MODEL.TRANSFORMERS.DROPOUT = 0.1
 
     # Passes over the training images, from which MAX_ITER is computed; STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD
     # and INPUT.AUGMENTATION_OFF_ITERS keep their shares of it. 0: MAX_ITER counts.
