@@ -206,7 +206,7 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.ENCODER.NUM_LAYERS = 6
     # Hidden width of the feed-forward networks.
     node.ENCODER.FEEDFORWARD_DIM = 2048
-    # DeformableTransformerEncoder only. Points that each head samples in each level.
+    # DeformableTransformerEncoder and TransformersDETR only. Points that each head samples in each level.
     node.ENCODER.NUM_POINTS = 4
 
     node.QUERY_GENERATOR = CfgNode()
@@ -243,13 +243,13 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.DECODER.NUM_LAYERS = 6
     node.DECODER.FEEDFORWARD_DIM = 2048
     # Whether each layer's box is the next layer's reference box, as published. Otherwise every layer starts from the query's
-    # own reference box (for baselines).
+    # own reference box (for ablations).
     node.DECODER.BOX_REFINEMENT = True
     # Whether a layer learns from the next one's box as well (DINO). Not the paper's.
     node.DECODER.LOOK_FORWARD_TWICE = False
 
     node.ALIGNER = CfgNode()
-    # A name in SEMANTICS_ALIGNER_REGISTRY: SemanticsAligner, or IdentityAligner for baselines without it.
+    # A name in SEMANTICS_ALIGNER_REGISTRY: SemanticsAligner, or IdentityAligner for ablations without it.
     node.ALIGNER.NAME = "SemanticsAligner"
     # Keypoints per query; must divide NUM_HEADS, and equally many heads share each. 0 means one per head, as published.
     node.ALIGNER.NUM_KEYPOINTS = 0
@@ -260,13 +260,13 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.ALIGNER.KEYPOINT_HIDDEN_DIMS = [256, 512, 512]
 
     node.CROSS_ATTENTION = CfgNode()
-    # A name in CROSS_ATTENTION_REGISTRY: CrossAttention, or SMCACrossAttention for SMCA (paper section 4.5.1). For baselines:
-    # MultiHeadCrossAttention (DETR), SMCAMultiHeadCrossAttention (SMCA-DETR), ConditionalCrossAttention (Conditional DETR,
-    # DAB-DETR), DeformableCrossAttention (Deformable DETR; all levels in every layer).
+    # A name in CROSS_ATTENTION_REGISTRY: CrossAttention, or SMCACrossAttention for SMCA (paper section 4.5.1). For ablations,
+    # with the attention of other detectors: MultiHeadCrossAttention, SMCAMultiHeadCrossAttention, ConditionalCrossAttention,
+    # DeformableCrossAttention (all levels in every layer).
     node.CROSS_ATTENTION.NAME = "CrossAttention"
     # SMCA only. Divisor of the Gaussian's squared distances, in squared pixels of the feature map.
     node.CROSS_ATTENTION.GAUSSIAN_BETA = 8.0
-    # DeformableCrossAttention only. Points that each head samples in each level.
+    # DeformableCrossAttention and TransformersDETR only. Points that each head samples in each level.
     node.CROSS_ATTENTION.NUM_POINTS = 4
 
     # Weights of the costs in bipartite matching, as published.

@@ -1,4 +1,4 @@
-"""Parts of other detectors, to compare with; importing this folder registers them. See docs/baselines.md."""
+"""Other detectors, and parts of them, to compare with; importing this folder registers them. See docs/baselines.md."""
 
 from . import cross_attention, fcos, transformers_detr
 
