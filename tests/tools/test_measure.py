@@ -57,7 +57,7 @@ def test_flops_of_a_detector_of_transformers_are_counted_by_part():
     options = ["MODEL.META_ARCHITECTURE", "TransformersDETR", "MODEL.TRANSFORMERS.DETECTOR", "dab_detr"]
     model = build_model(tiny_config(*options)).eval()
     counts = count_flops(model, 64, 64)
-    # Three decoder layers, 12 queries; class head: 32 to 10; box head: 32 to 32 to 32 to 4, and twice in between for references.
+    # Three decoder layers, 12 queries; class head: 32 to 10; box head: 32 to 32 to 32 to 4, also twice in between.
     assert counts["class_head"] == 3 * 12 * 32 * 10
     assert counts["box_head"] == (3 + 2) * 12 * (32 * 32 * 2 + 32 * 4)
     assert counts["backbone"] == count_flops(build_model(tiny_config()).eval(), 64, 64)["backbone"] > 0

@@ -153,9 +153,8 @@ def start_as_published_(network: nn.Module) -> None:
         for module in part.modules():
             if hasattr(module, "sampling_offsets"):
                 _start_deformable_attention_(module)
-            elif hasattr(
-                module, "q_proj"
-            ):  # by the authors a torch.nn.MultiheadAttention, which packs three matrices in one
+            elif hasattr(module, "q_proj"):
+                # The authors use torch.nn.MultiheadAttention, which holds these three matrices as one, also for Xavier's rule.
                 for linear in (module.q_proj, module.k_proj, module.v_proj):
                     nn.init.xavier_uniform_(linear.weight, gain=math.sqrt(0.5))
                     nn.init.zeros_(linear.bias)
