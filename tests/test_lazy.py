@@ -22,13 +22,8 @@ from samdetr.solver import build_optimizer
 LAZY = ROOT / "configs" / "lazy"
 
 
-def is_samdetr(path):
-    return load_config(path).MODEL.META_ARCHITECTURE == "SAMDETR"
-
-
-PATHS = [path for folder in ("", "baselines") for path in (ROOT / "configs" / folder).glob("*.yaml")]
+PATHS = [path for folder in ("", "ablations") for path in (ROOT / "configs" / folder).glob("*.yaml")]
 NAMES = sorted(str(path.relative_to(ROOT / "configs").with_suffix("")) for path in PATHS if "Base-" not in path.stem)
-NAMES = [name for name in NAMES if is_samdetr(name)]  # detectron2 ships Python configs of its own detectors
 NAMES.append("bccd/sam_detr_plus_bccd")  # the other models of that folder differ from it as those above do
 
 
@@ -54,9 +49,9 @@ def python_twin(name):
     if "_DC5_" in name:
         models.use_dc5(cfg.model)
         cfg.lr_multiplier = schedule.train_8_images_per_step(cfg.dataloader, cfg.train)
-    if name.startswith("baselines/"):
-        kind = re.match(r"baselines/(\w*detr)_", name).group(1)
-        getattr(models, f"make_{'dab_detr' if kind == 'dn_detr' else kind}")(cfg.model)
+    if name.startswith("ablations/"):
+        kind = re.match(r"ablations/(\w+?)(_dn|_pp)?_R_50", name).group(1)
+        getattr(models, f"make_{kind}")(cfg.model)
     elif "_smca_" in name:
         models.use_smca(cfg.model)
     if "dn_" in name:
@@ -95,7 +90,7 @@ def test_every_shipped_python_config_has_a_yaml_twin():
             "sam_detr_plus_digits",
             "sam_detr_digits",
             "sam_detr_pp_digits",
-            "baselines/conditional_detr_R_50_1x",
+            "ablations/conditional_R_50_1x",
             "bccd/sam_detr_plus_bccd",
         ),
     }

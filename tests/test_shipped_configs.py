@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 
 import samdetr
 from helpers import ROOT, load_config, load_experiment, make_input
+from samdetr.checks import check_model
 from samdetr.solver import build_optimizer
 
 FAMILIES = [
@@ -32,10 +33,17 @@ DETECTRON2_BASELINES = [
 ]
 
 
-DETR_BASELINES = [
-    *("detr_R_50", "conditional_detr_R_50", "smca_detr_R_50", "deformable_detr_R_50"),
-    *("detr_R_50_DC5", "conditional_detr_R_50_DC5", "smca_detr_R_50_DC5", "deformable_detr_R_50_DC5"),
-    *("dab_detr_R_50_DC5", "dn_detr_R_50_DC5", "smca_detr_pp_R_50", "deformable_detr_pp_R_50"),
+TRANSFORMERS_BASELINES = [
+    *("detr_R_50", "conditional_detr_R_50", "deformable_detr_R_50", "detr_R_50_DC5", "conditional_detr_R_50_DC5"),
+    *("deformable_detr_R_50_DC5", "dab_detr_R_50_DC5", "dn_detr_R_50_DC5", "deformable_detr_pp_R_50"),
+]
+
+
+ABLATIONS = [
+    *("multi_head_R_50", "conditional_R_50", "smca_multi_head_R_50", "deformable_R_50"),
+    *("multi_head_R_50_DC5", "conditional_R_50_DC5", "smca_multi_head_R_50_DC5", "deformable_R_50_DC5"),
+    *("conditional_refined_R_50_DC5", "conditional_refined_dn_R_50_DC5"),
+    *("smca_multi_head_pp_R_50", "deformable_pp_R_50"),
 ]
 
 
@@ -68,7 +76,9 @@ def test_every_config_is_known():
     bccd = {path.stem for path in (ROOT / "configs" / "bccd").glob("*.yaml")}
     assert bccd == {"Base-BCCD", *BCCD}
     baselines = {path.stem for path in (ROOT / "configs" / "baselines").glob("*.yaml")} - {"Base-Detectron2"}
-    assert baselines == {f"{name}_1x" for name in (*DETECTRON2_BASELINES, *DETR_BASELINES)}
+    assert baselines == {f"{name}_1x" for name in (*DETECTRON2_BASELINES, *TRANSFORMERS_BASELINES)}
+    ablations = {path.stem for path in (ROOT / "configs" / "ablations").glob("*.yaml")}
+    assert ablations == {f"{name}_1x" for name in ABLATIONS}
 
 
 @pytest.mark.parametrize("name", [name for name in DETECTRON2_BASELINES if not name.startswith("fcos")])
@@ -141,13 +151,28 @@ def train_two_steps(cfg, label=7):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*DETECTRON2_BASELINES, "deformable_detr_R_50"])
+@pytest.mark.parametrize(
+    "name",
+    [*(f"baselines/{name}" for name in (*DETECTRON2_BASELINES, "deformable_detr_R_50")), "ablations/deformable_R_50"],
+)
 def test_baselines_train_and_evaluate(name):
     # Without pretrained weights, frozen norms would let the activations grow from block to block.
     options = ["MODEL.RESNETS.NORM", "BN", "SOLVER.BASE_LR", 1e-4]
     options += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.RPN.POST_NMS_TOPK_TEST", 16]  # for speed
-    _, optimizer = train_two_steps(load_config(f"baselines/{name}_1x", *options))
-    assert isinstance(optimizer, torch.optim.SGD) == (name in DETECTRON2_BASELINES)
+    _, optimizer = train_two_steps(load_config(f"{name}_1x", *options))
+    assert isinstance(optimizer, torch.optim.SGD) == (name.removeprefix("baselines/") in DETECTRON2_BASELINES)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS_BASELINES)
+def test_the_models_of_transformers_are_trained_as_sam_detr(name):
+    cfg, base = load_config(f"baselines/{name}_1x"), load_config(f"sam_detr_{name[name.index('R_50') :]}_1x")
+    assert cfg.MODEL.META_ARCHITECTURE == "TransformersDETR" and f"output/{name}_1x" == cfg.OUTPUT_DIR
+    detector = name[: name.index("detr") + 4].replace("dn_detr", "dab_detr")
+    assert detector == cfg.MODEL.TRANSFORMERS.DETECTOR
+    assert cfg.SOLVER == base.SOLVER and cfg.INPUT == base.INPUT and cfg.DATASETS == base.DATASETS
+    assert cfg.MODEL.SAMDETR.LOSS == base.MODEL.SAMDETR.LOSS and cfg.MODEL.SAMDETR.MATCHER == base.MODEL.SAMDETR.MATCHER
+    assert cfg.MODEL.SAMDETR.NUM_QUERIES == 300 and cfg.MODEL.WEIGHTS == base.MODEL.WEIGHTS
+    check_model(cfg)
 
 
 @pytest.mark.slow

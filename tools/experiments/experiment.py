@@ -7,6 +7,7 @@ import yaml
 
 import samdetr
 from samdetr.errors import UserError
+from samdetr.limits import SET_DETECTORS
 from samdetr.visualization import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +95,7 @@ def differences(cfg, folder: Path) -> list[str]:
         for text in ((folder / "experiment.yaml").read_text(), cfg.dump(), samdetr.load_config(None).dump())
     )
     kept = {**defaults, **kept}
-    ignored = ("OUTPUT_DIR",) if cfg.MODEL.META_ARCHITECTURE == "SAMDETR" else ("OUTPUT_DIR", "MODEL.SAMDETR.")
+    ignored = ("OUTPUT_DIR",) if cfg.MODEL.META_ARCHITECTURE in SET_DETECTORS else ("OUTPUT_DIR", "MODEL.SAMDETR.")
     return [k for k in sorted({*kept, *wanted}) if kept.get(k) != wanted.get(k) and not k.startswith(ignored)]
 
 

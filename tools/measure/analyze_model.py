@@ -39,6 +39,7 @@ from samdetr.config import config_folder
 from samdetr.data import build_test_loader, register_datasets
 from samdetr.errors import UserError
 from samdetr.modeling import semantics_aligner
+from samdetr.modeling.meta_arch import SetDetector
 
 # Params (M) and GFLOPs of the paper's Table 1 (GFLOPs: means over COCO images), by family; the same with SMCA and DN.
 PAPER = {"R_50": (57, 107), "DC5": (57, 229), "pp": (55, 203)}
@@ -115,7 +116,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> Counter:
         model: in evaluation mode; of a SAMDETR, RoIAlign is also counted by itself, as ``roi_align``.
         height, width: of the image, in pixels.
     """
-    if not isinstance(model, samdetr.SAMDETR):
+    if not isinstance(model, SetDetector):
         image = 255 * torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
         propose_anchors(model)
         modules = analyze(model, [{"image": image.to(model.device)}])
@@ -123,6 +124,11 @@ def count_flops(model: nn.Module, height: int, width: int) -> Counter:
         return Counter({**parts, "total": modules[""]})
     divisor = max(model.backbone.size_divisibility, 1)
     image = torch.zeros(1, 3, -(-height // divisor) * divisor, -(-width // divisor) * divisor, device=model.device)
+    if not isinstance(model, samdetr.SAMDETR):
+        modules = analyze(ImageModel(model, (height, width)), (image,))
+        return Counter(
+            {**{name: modules[f"model.model.{name}"] for name, _ in model.named_children()}, "total": modules[""]}
+        )
     counted = []
     for replaced in ({}, {"roi_align": pooled_zeros, "sample_separably": sampled_zeros}):
         with mock.patch.multiple(semantics_aligner, **replaced) if replaced else contextlib.nullcontext():

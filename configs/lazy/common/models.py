@@ -166,30 +166,30 @@ def use_dense_head(model, anchor_size: float = 0.05) -> None:
 
 
 def use_no_aligner(model, attention, refine_boxes: bool, **options) -> None:
-    """Make a baseline: queries as they are, and another detector's cross-attention (docs/baselines.md)."""
+    """Make an ablation: queries as they are, and another cross-attention (docs/baselines.md)."""
     for layer in model.decoder.layers:
         layer.aligner = L(IdentityAligner)(dim=layer.dim, num_heads=layer.num_heads, temperature=layer.temperature)
     use_cross_attention(model, attention, **options)
     model.decoder.refine_boxes = refine_boxes
 
 
-def make_detr(model) -> None:
+def make_multi_head(model) -> None:
     use_no_aligner(model, MultiHeadCrossAttention, refine_boxes=False)
 
 
-def make_conditional_detr(model) -> None:
+def make_conditional(model) -> None:
     use_no_aligner(model, ConditionalCrossAttention, refine_boxes=False)
 
 
-def make_dab_detr(model) -> None:
+def make_conditional_refined(model) -> None:
     use_no_aligner(model, ConditionalCrossAttention, refine_boxes=True)
 
 
-def make_smca_detr(model) -> None:
+def make_smca_multi_head(model) -> None:
     use_no_aligner(model, SMCAMultiHeadCrossAttention, refine_boxes=False, gaussian_beta=8.0)
 
 
-def make_deformable_detr(model) -> None:
+def make_deformable(model) -> None:
     use_deformable_encoder(model)
     num_levels = len(model.in_features)
     use_no_aligner(model, DeformableCrossAttention, refine_boxes=False, num_levels=num_levels, num_points=4)

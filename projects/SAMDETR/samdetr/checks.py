@@ -22,9 +22,11 @@ from .limits import (
     MODEL_CHOICES,
     MODEL_RANGES,
     RUN_CHOICES,
+    SET_DETECTORS,
     TRAINING_RANGES,
     UNSUPPORTED,
-    UNSUPPORTED_BY_SAMDETR,
+    UNSUPPORTED_BY_SET_DETECTORS,
+    UNSUPPORTED_BY_TRANSFORMERS,
     Range,
     value_of,
 )
@@ -89,10 +91,12 @@ def check_model(cfg: CfgNode) -> None:
     """Check the names and numbers that the model is built from; for errors see :func:`check_config`."""
     _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
-    if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
+    if cfg.MODEL.META_ARCHITECTURE in SET_DETECTORS:
         _check_model(cfg)
     _check_choices(cfg, MODEL_CHOICES)
     _check_ranges(cfg, INFERENCE_RANGES)
+    if cfg.MODEL.META_ARCHITECTURE == "TransformersDETR":
+        _check_transformers(cfg)
 
 
 def _check_name(key: str, name: str, registry) -> None:
@@ -193,8 +197,12 @@ def _check_choices(cfg: CfgNode, choices: dict[str, tuple]) -> None:
 
 def _check_unsupported(cfg: CfgNode) -> None:
     """Refuse what would have no effect here, so that nobody relies on it."""
-    own = cfg.MODEL.META_ARCHITECTURE == "SAMDETR"
-    for key, supported in UNSUPPORTED.items() | (UNSUPPORTED_BY_SAMDETR.items() if own else set()):
+    refused = dict(UNSUPPORTED)
+    if cfg.MODEL.META_ARCHITECTURE in SET_DETECTORS:
+        refused |= UNSUPPORTED_BY_SET_DETECTORS
+    if cfg.MODEL.META_ARCHITECTURE == "TransformersDETR":
+        refused |= UNSUPPORTED_BY_TRANSFORMERS
+    for key, supported in refused.items():
         value = value_of(cfg, key)
         if (tuple(value) if isinstance(value, list) else value) != supported:
             raise UserError(f"{key} is {value!r}, which has no effect here: set it to {supported!r}.")
@@ -268,6 +276,30 @@ def _check_model(cfg: CfgNode) -> None:
     for name in cfg.MODEL.RESNETS.OUT_FEATURES:
         if name not in outputs:
             raise UserError(f"MODEL.RESNETS.OUT_FEATURES names {name!r}: choose from {', '.join(map(repr, outputs))}.")
+
+
+def _check_transformers(cfg: CfgNode) -> None:
+    """Check what the networks of ``transformers`` need."""
+    node, name, levels = cfg.MODEL.SAMDETR, cfg.MODEL.TRANSFORMERS.DETECTOR, cfg.MODEL.TRANSFORMERS.NUM_LEVELS
+    maps = len(node.IN_FEATURES)
+    if name != "deformable_detr" and (maps, levels) != (1, 1):
+        raise UserError(
+            f"MODEL.SAMDETR.IN_FEATURES has {maps} maps and MODEL.TRANSFORMERS.NUM_LEVELS is {levels}, but {name} has one "
+            "level: name one map, and set NUM_LEVELS 1."
+        )
+    if levels < maps:
+        raise UserError(
+            f"MODEL.TRANSFORMERS.NUM_LEVELS is {levels}, less than the {maps} maps of MODEL.SAMDETR.IN_FEATURES: raise it."
+        )
+    if name == "deformable_detr" and node.HIDDEN_DIM % 32:
+        raise UserError(
+            f"MODEL.SAMDETR.HIDDEN_DIM is {node.HIDDEN_DIM}: deformable_detr needs a multiple of 32 (the groups of its norms)."
+        )
+    if node.QUERY_GENERATOR.NAME not in ("LearnedQueryGenerator", *["DenoisingQueryGenerator"] * (name == "dab_detr")):
+        raise UserError(
+            f"MODEL.SAMDETR.QUERY_GENERATOR.NAME is {node.QUERY_GENERATOR.NAME!r}, which {name} does not have: set it to "
+            "'LearnedQueryGenerator' (dab_detr alone may have 'DenoisingQueryGenerator' as well)."
+        )
 
 
 def _check_dataset(key: str, name: str) -> None:

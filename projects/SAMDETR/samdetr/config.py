@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from .data.images import DEFAULT_MAX_PIXELS
 from .errors import UserError, did_you_mean
+from .limits import SET_DETECTORS
 
 __all__ = [
     "add_samdetr_config",
@@ -159,7 +160,7 @@ def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
     For an unknown meta-architecture they are "" and None.
     """
     for architectures, node in (
-        (("SAMDETR",), "SAMDETR"),
+        (SET_DETECTORS, "SAMDETR"),
         (("GeneralizedRCNN",), "ROI_HEADS"),
         (("RetinaNet", "build_fcos"), "RETINANET"),
     ):
@@ -205,7 +206,7 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.ENCODER.NUM_LAYERS = 6
     # Hidden width of the feed-forward networks.
     node.ENCODER.FEEDFORWARD_DIM = 2048
-    # DeformableTransformerEncoder only. Points that each head samples in each level.
+    # DeformableTransformerEncoder and TransformersDETR only. Points that each head samples in each level.
     node.ENCODER.NUM_POINTS = 4
 
     node.QUERY_GENERATOR = CfgNode()
@@ -242,13 +243,13 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.DECODER.NUM_LAYERS = 6
     node.DECODER.FEEDFORWARD_DIM = 2048
     # Whether each layer's box is the next layer's reference box, as published. Otherwise every layer starts from the query's
-    # own reference box (for baselines).
+    # own reference box (for ablations).
     node.DECODER.BOX_REFINEMENT = True
     # Whether a layer learns from the next one's box as well (DINO). Not the paper's.
     node.DECODER.LOOK_FORWARD_TWICE = False
 
     node.ALIGNER = CfgNode()
-    # A name in SEMANTICS_ALIGNER_REGISTRY: SemanticsAligner, or IdentityAligner for baselines without it.
+    # A name in SEMANTICS_ALIGNER_REGISTRY: SemanticsAligner, or IdentityAligner for ablations without it.
     node.ALIGNER.NAME = "SemanticsAligner"
     # Keypoints per query; must divide NUM_HEADS, and equally many heads share each. 0 means one per head, as published.
     node.ALIGNER.NUM_KEYPOINTS = 0
@@ -259,13 +260,13 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.ALIGNER.KEYPOINT_HIDDEN_DIMS = [256, 512, 512]
 
     node.CROSS_ATTENTION = CfgNode()
-    # A name in CROSS_ATTENTION_REGISTRY: CrossAttention, or SMCACrossAttention for SMCA (paper section 4.5.1). For baselines:
-    # MultiHeadCrossAttention (DETR), SMCAMultiHeadCrossAttention (SMCA-DETR), ConditionalCrossAttention (Conditional DETR,
-    # DAB-DETR), DeformableCrossAttention (Deformable DETR; all levels in every layer).
+    # A name in CROSS_ATTENTION_REGISTRY: CrossAttention, or SMCACrossAttention for SMCA (paper section 4.5.1). For ablations,
+    # with the attention of other detectors: MultiHeadCrossAttention, SMCAMultiHeadCrossAttention, ConditionalCrossAttention,
+    # DeformableCrossAttention (all levels in every layer).
     node.CROSS_ATTENTION.NAME = "CrossAttention"
     # SMCA only. Divisor of the Gaussian's squared distances, in squared pixels of the feature map.
     node.CROSS_ATTENTION.GAUSSIAN_BETA = 8.0
-    # DeformableCrossAttention only. Points that each head samples in each level.
+    # DeformableCrossAttention and TransformersDETR only. Points that each head samples in each level.
     node.CROSS_ATTENTION.NUM_POINTS = 4
 
     # Weights of the costs in bipartite matching, as published.
@@ -293,6 +294,16 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.NAME = ""
     cfg.MODEL.TIMM.WEIGHTS = ""
     cfg.MODEL.TIMM.FREEZE_NORM = False
+
+    # For the meta-architecture TransformersDETR (samdetr.modeling.baselines.transformers_detr), which reads the sizes, matcher
+    # and losses in MODEL.SAMDETR as well: "detr", "conditional_detr", "dab_detr" or "deformable_detr". DN-DETR is "dab_detr"
+    # with QUERY_GENERATOR.NAME "DenoisingQueryGenerator".
+    cfg.MODEL.TRANSFORMERS = CfgNode()
+    cfg.MODEL.TRANSFORMERS.DETECTOR = "detr"
+    # Deformable DETR only. Feature levels: those of IN_FEATURES, and further ones, each at half the size of the one before.
+    cfg.MODEL.TRANSFORMERS.NUM_LEVELS = 1
+    # Probability of dropout, as published; DAB-DETR and DN-DETR have none.
+    cfg.MODEL.TRANSFORMERS.DROPOUT = 0.1
 
     # Passes over the training images, from which MAX_ITER is computed; STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD
     # and INPUT.AUGMENTATION_OFF_ITERS keep their shares of it. 0: MAX_ITER counts.

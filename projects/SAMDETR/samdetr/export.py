@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .modeling import SAMDETR
 from .modeling.postprocessing import best_pairs
 from .predictor import Predictor
 
@@ -71,8 +72,10 @@ def trace(predictor: Predictor, size: tuple[int, int] = (480, 640)) -> torch.exp
         size: height and width of the image that it is traced with.
 
     Raises:
-        UserError: the size is too small, or torch is too old.
+        UserError: the model is no SAMDETR, the size is too small, or torch is too old.
     """
+    if not isinstance(predictor.model, SAMDETR):
+        raise UserError(f"A {type(predictor.model).__name__} cannot be exported here: only a SAMDETR can.")
     if min(size) < _SMALLEST_SIDE:
         raise UserError(
             f"size is {size[0]} x {size[1]}: trace with an image of at least {_SMALLEST_SIDE} pixels per side.",

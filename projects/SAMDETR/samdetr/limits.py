@@ -11,9 +11,11 @@ __all__ = [
     "MODEL_CHOICES",
     "MODEL_RANGES",
     "RUN_CHOICES",
+    "SET_DETECTORS",
     "TRAINING_RANGES",
     "UNSUPPORTED",
-    "UNSUPPORTED_BY_SAMDETR",
+    "UNSUPPORTED_BY_SET_DETECTORS",
+    "UNSUPPORTED_BY_TRANSFORMERS",
     "Range",
     "value_of",
 ]
@@ -42,6 +44,8 @@ def value_of(node: CfgNode, key: str) -> Any:
     return node
 
 
+# Meta-architectures that read MODEL.SAMDETR.
+SET_DETECTORS = ("SAMDETR", "TransformersDETR")
 _POSITIVE = Range(0, above=True)
 _SHARE = Range(0, 1)
 _CHANNELS = Range(1, 16384)
@@ -84,6 +88,8 @@ MODEL_RANGES = {
     }.items()
 }
 INFERENCE_RANGES = {
+    "MODEL.TRANSFORMERS.NUM_LEVELS": Range(1, 16),
+    "MODEL.TRANSFORMERS.DROPOUT": _SHARE,
     "MODEL.PIXEL_MEAN": Range(-1e6, 1e6),
     "MODEL.PIXEL_STD": _POSITIVE,
     "MODEL.RESNETS.NUM_GROUPS": _CHANNELS,
@@ -137,6 +143,7 @@ TRAINING_RANGES = {
 }
 MODEL_CHOICES = {
     "MODEL.SAMDETR.KERNELS": ("torch", "triton"),
+    "MODEL.TRANSFORMERS.DETECTOR": ("detr", "conditional_detr", "dab_detr", "deformable_detr"),
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
     "MODEL.RESNETS.NORM": ("", "BN", "FrozenBN", "GN", "LN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"),
     "MODEL.RESNETS.RES5_DILATION": (1, 2),
@@ -164,4 +171,11 @@ UNSUPPORTED = {
     "TEST.AUG.ENABLED": False,
     "TEST.PRECISE_BN.ENABLED": False,
 }
-UNSUPPORTED_BY_SAMDETR = {"VIS_PERIOD": 0}
+UNSUPPORTED_BY_SET_DETECTORS = {"VIS_PERIOD": 0}
+UNSUPPORTED_BY_TRANSFORMERS = {
+    "MODEL.SAMDETR.ACTIVATION_CHECKPOINTING": False,
+    "MODEL.SAMDETR.KERNELS": "torch",
+    "MODEL.SAMDETR.QUERY_GENERATOR.SELECT_FROM_ENCODER": False,
+    "MODEL.SAMDETR.DENSE_HEAD.ENABLED": False,
+    "MODEL.SAMDETR.DECODER.LOOK_FORWARD_TWICE": False,
+}

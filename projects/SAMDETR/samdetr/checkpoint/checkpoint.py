@@ -29,6 +29,7 @@ from torch import Tensor
 from ..config import number_of_classes, parse_config
 from ..errors import UserError, one_line
 from .pickles import read_model_zoo_pickle
+from .transformers_format import convert_transformers_state_dict, is_transformers_state_dict
 
 __all__ = ["Checkpoint", "describe_run", "write_atomically"]
 
@@ -61,7 +62,8 @@ class Checkpoint:
         """Read a file, opening it once, and verify the checksums of its contents.
 
         Args:
-            path: of the file, on this machine. A plain dict of tensors, without the entry ``model``, is accepted as well.
+            path: of the file, on this machine. A plain dict of tensors, without the entry ``model``, is accepted as well; so is
+                one of a DETR of ``transformers``, also as ``.safetensors``, whose parameters get this project's names.
             name: what to call the file in a message: the key or argument that names it.
             allow_objects: whether to load Python objects other than tensors and plain containers, which can run code.
 
@@ -73,6 +75,8 @@ class Checkpoint:
             raise UserError(f"{name} {path}: there is no such file (looked in {os.getcwd()}).")
         if path.endswith(".pkl"):
             return cls(read_model_zoo_pickle(path, name), path)
+        if path.endswith(".safetensors"):
+            return cls._of_weights(_read_safetensors(path, name), path, name)
         with PathManager.open(path, "rb") as file:
             try:
                 if zipfile.is_zipfile(file):
@@ -97,8 +101,21 @@ class Checkpoint:
                 ) from error
         if not isinstance(entries, dict):
             raise UserError(f"{name} {path} holds a {type(entries).__name__}, not a checkpoint's dict.")
-        checkpoint = cls(entries if "model" in entries else {"model": entries}, path)
+        if "model" not in entries:
+            return cls._of_weights(entries, path, name)
+        checkpoint = cls(entries, path)
         checkpoint._check_entries(name)
+        return checkpoint
+
+    @classmethod
+    def _of_weights(cls, weights: dict, path: str, name: str) -> "Checkpoint":
+        checkpoint = cls({"model": weights}, path)
+        checkpoint._check_entries(name)
+        if is_transformers_state_dict(weights):
+            try:
+                checkpoint.entries["model"] = convert_transformers_state_dict(weights)
+            except ValueError as error:
+                raise UserError(f"{name} {path} cannot be used: {error}") from error
         return checkpoint
 
     @classmethod
@@ -240,6 +257,20 @@ def write_atomically(path: str | os.PathLike):
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def _read_safetensors(path: str, name: str) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(f"{name} {path}: reading it needs a package: pip install safetensors ({error}).") from error
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises types of its own
+        raise UserError(
+            f"{name} {path} is truncated, damaged or not a file of weights ({type(error).__name__}: {error}): copy it again, "
+            "or name another file."
+        ) from error
 
 
 def _foreign_objects(file) -> list[str]:

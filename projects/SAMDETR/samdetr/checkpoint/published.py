@@ -10,7 +10,7 @@ import torch
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
-__all__ = ["convert_published_state_dict", "recognize_published"]
+__all__ = ["convert_published_state_dict", "recognize_published", "rename_resnet", "select_classes"]
 
 # Names of the published parts of a layer, and of this project's.
 _ENCODER_LAYER = {
@@ -50,8 +50,6 @@ _DECODER_LAYER = {
 }
 # Everything outside the layers, as regular expressions.
 _OTHERS = {
-    r"backbone\.0\.body\.conv1\.(\w+)": r"backbone.stem.conv1.\1",
-    r"backbone\.0\.body\.bn1\.(\w+)": r"backbone.stem.conv1.norm.\1",
     r"input_proj\.(\d+)\.0\.(\w+)": r"feature_projection.projections.\1.\2",
     r"input_proj\.(\d+)\.1\.(\w+)": r"feature_projection.norms.\1.\2",
     r"transformer\.level_embed": r"feature_projection.level_embedding",
@@ -69,14 +67,24 @@ def _rename(name: str) -> str | None:
             if rest.startswith(f"{old}."):
                 return f"{part}.layers.{layer}.{new}{rest.removeprefix(old)}"
         return None
-    if match := re.fullmatch(r"backbone\.0\.body\.layer(\d)\.(\d+)\.(.+)", name):
+    if name.startswith("backbone.0.body."):
+        return rename_resnet(name.removeprefix("backbone.0.body."))
+    for pattern, replacement in _OTHERS.items():
+        if match := re.fullmatch(pattern, name):
+            return match.expand(replacement)
+    return None
+
+
+def rename_resnet(name: str) -> str | None:
+    """Return this project's name of a parameter of torchvision's ResNet, such as "layer1.0.conv1.weight"; None if there is
+    none."""
+    if match := re.fullmatch(r"(conv|bn)1\.(\w+)", name):
+        return f"backbone.stem.conv1.{'norm.' if match[1] == 'bn' else ''}{match[2]}"
+    if match := re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", name):
         stage, block, rest = match.groups()
         rest = re.sub(r"^bn(\d)", r"conv\1.norm", rest)
         rest = rest.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
         return f"backbone.res{int(stage) + 1}.{block}.{rest}"
-    for pattern, replacement in _OTHERS.items():
-        if match := re.fullmatch(pattern, name):
-            return match.expand(replacement)
     return None
 
 
@@ -107,7 +115,7 @@ def convert_published_state_dict(state_dict: dict[str, Tensor], num_classes: int
         if value.dim() == 4 and not new_name.startswith("backbone."):
             value = value.flatten(1)  # a 1x1 convolution is a linear layer here, on channels-last maps
         if new_name.startswith("decoder.class_heads."):
-            value = _select_classes(value, num_classes)
+            value = select_classes(value, num_classes)
         converted[new_name] = value
     if unknown:
         raise ValueError(
@@ -121,7 +129,7 @@ def convert_published_state_dict(state_dict: dict[str, Tensor], num_classes: int
     return converted
 
 
-def _select_classes(value: Tensor, num_classes: int) -> Tensor:
+def select_classes(value: Tensor, num_classes: int) -> Tensor:
     """Select the rows of a classifier's weight or bias for ``num_classes`` classes."""
     if len(value) == num_classes:
         return value

@@ -3,7 +3,7 @@
 ``meta_arch`` runs ``backbone``, ``feature_projection``, ``encoder``, ``query_generator`` and ``decoder``. Each decoder layer
 has a ``semantics_aligner`` and a ``cross_attention``. ``criterion`` and ``matcher`` make the loss, ``postprocessing`` the
 detections. ``structures`` defines what the parts exchange, with the glossary of shapes. ``baselines/`` holds other
-detectors' parts.
+detectors and parts of them.
 """
 
 from . import backbone, baselines, timm_backbone

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import torch
 from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, detector_postprocess
 from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList, Instances
@@ -22,103 +23,43 @@ from .postprocessing import select_detections
 from .query_generator import build_query_generator
 from .structures import FeatureLevel, ImageTarget, Predictions, QueryBatch
 
-__all__ = ["SAMDETR"]
+__all__ = ["SAMDETR", "SetDetector", "name_of", "used_features"]
 
 
-@META_ARCH_REGISTRY.register()
-class SAMDETR(nn.Module):
-    """SAM-DETR and SAM-DETR++ (https://arxiv.org/abs/2203.06883, https://arxiv.org/abs/2207.14172)."""
+class SetDetector(nn.Module):
+    """What SAM-DETR has in common with other detectors that predict a set: images come in, losses or detections go out.
 
-    @configurable
+    A subclass says how it predicts: ``encode(images, image_sizes)`` turns normalised images into what ``decode`` takes, and
+    ``decode(encoded, targets)`` returns the :class:`Predictions` and the :class:`QueryBatch` that they were made from, or None
+    if there are neither denoising queries nor proposals; see :class:`SAMDETR`. It sets the attributes ``query_generator``, None
+    for a detector that has queries of its own, and ``dense_head``, None if it has none.
+    """
+
     def __init__(
         self,
         *,
         backbone: Backbone,
-        in_features: list[str],
-        feature_projection: FeatureProjection,
-        encoder: nn.Module,
-        query_generator: nn.Module,
-        decoder: Decoder,
         criterion: SetCriterion,
         num_classes: int,
         max_detections: int,
         pixel_mean: list[float],
         pixel_std: list[float],
-        dense_head: DenseHead | None = None,
-        kernels: str = "torch",
     ):
         """
         Args:
             backbone: follows detectron2's backbone interface; optimised in place, see :func:`optimize_backbone`.
-            in_features: names of the backbone's outputs to use, from the finest to the coarsest.
-            feature_projection: turns the chosen features into levels.
-            encoder: see :data:`samdetr.modeling.encoder.ENCODER_REGISTRY`.
-            query_generator: see :data:`samdetr.modeling.query_generator.QUERY_GENERATOR_REGISTRY`.
-            decoder: predicts from queries and levels.
             criterion: computes the losses.
             num_classes: number of classes K; labels in training are in [0, K).
             max_detections: how many detections to return per image.
             pixel_mean, pixel_std: of each channel, in the units of the images (0 to 255).
-            dense_head: a further head that is used in training only.
-            kernels: "torch", or "triton" where that runs, for attention and sampling: of every part that has an attribute
-                ``kernels``.
         """
         super().__init__()
         self.backbone = optimize_backbone(backbone)
-        self.in_features = list(in_features)
-        self.feature_projection = feature_projection
-        self.encoder = encoder
-        self.query_generator = query_generator
-        self.decoder = decoder
         self.criterion = criterion
-        self.dense_head = dense_head
-        for part in self.modules():
-            if hasattr(part, "kernels"):
-                part.kernels = kernels
         self.num_classes = num_classes
         self.max_detections = max_detections
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.SAMDETR
-        backbone = build_backbone(cfg)
-        shapes = backbone.output_shape()
-        missing = [name for name in node.IN_FEATURES if name not in shapes]
-        if missing or not node.IN_FEATURES:
-            raise UserError(
-                f"MODEL.SAMDETR.IN_FEATURES is {list(node.IN_FEATURES)}, but the backbone {cfg.MODEL.BACKBONE.NAME} "
-                f"gives {sorted(shapes)}: choose from these, or change what the backbone gives "
-                "(for a ResNet, MODEL.RESNETS.OUT_FEATURES)."
-            )
-        features = [shapes[name] for name in node.IN_FEATURES]
-        if any(fine.stride >= coarse.stride for fine, coarse in pairwise(features)):
-            raise UserError(
-                f"MODEL.SAMDETR.IN_FEATURES {list(node.IN_FEATURES)} have strides {[f.stride for f in features]}: "
-                "name them from the finest to the coarsest."
-            )
-        return {
-            "backbone": backbone,
-            "in_features": node.IN_FEATURES,
-            "feature_projection": FeatureProjection(
-                in_channels=[feature.channels for feature in features],
-                strides=[feature.stride for feature in features],
-                dim=node.HIDDEN_DIM,
-                num_groups=node.PROJECTION_NUM_GROUPS,
-                temperature=node.POSITION_TEMPERATURE,
-            ),
-            "encoder": build_encoder(cfg),
-            "query_generator": build_query_generator(cfg),
-            "decoder": Decoder(cfg),
-            "criterion": SetCriterion(cfg),
-            "dense_head": DenseHead(cfg) if node.DENSE_HEAD.ENABLED else None,
-            "kernels": node.KERNELS,
-            "num_classes": node.NUM_CLASSES,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-        }
 
     @property
     def device(self) -> torch.device:
@@ -144,24 +85,25 @@ class SAMDETR(nn.Module):
                 ``SOLVER.NON_FINITE "stop"``); names the image.
         """
         images = self.preprocess_images(batched_inputs)
-        levels = self.encode(images.tensor, images.image_sizes)
+        encoded = self.encode(images.tensor, images.image_sizes)
         if not self.training:
-            predictions, _ = self.decode(levels)
+            predictions, _ = self.decode(encoded)
             last = predictions.logits[-1], predictions.boxes[-1]
             detections = select_detections(*last, images.image_sizes, self.max_detections)
             return [{"instances": _in_output_pixels(*pair)} for pair in zip(detections, batched_inputs)]
         targets = self.prepare_targets(batched_inputs)
-        predictions, queries = self.decode(levels, targets)
+        predictions, queries = self.decode(encoded, targets)
         if normalizers is None:
             normalizers = self._normalizers([targets])
         try:
-            losses = self.criterion(predictions, targets, queries.denoising, normalizers)
-            if queries.proposals is not None:
+            denoising = None if queries is None else queries.denoising
+            losses = self.criterion(predictions, targets, denoising, normalizers)
+            if queries is not None and queries.proposals is not None:
                 losses |= self.criterion.matching_losses(
                     queries.proposals, targets, normalizers[0], prefix="loss_proposal"
                 )
             if self.dense_head is not None:
-                losses |= self.dense_head.losses(levels, targets, self.criterion, normalizers[0])
+                losses |= self.dense_head.losses(encoded, targets, self.criterion, normalizers[0])
             return losses
         except NonFinitePredictionError as error:
             raise UserError(
@@ -183,7 +125,8 @@ class SAMDETR(nn.Module):
 
     def _normalizers(self, parts: list[list[ImageTarget]]) -> Tensor:
         num_boxes = sum(len(target) for part in parts for target in part)
-        num_denoising = sum(self.query_generator.num_denoising(part) for part in parts)
+        generator = self.query_generator
+        num_denoising = 0 if generator is None else sum(generator.num_denoising(part) for part in parts)
         return self.criterion.normalizers(num_boxes, num_denoising, self.device)
 
     @torch.no_grad()
@@ -245,6 +188,86 @@ class SAMDETR(nn.Module):
                     f"MODEL.SAMDETR.NUM_CLASSES is {self.num_classes}: set it to the dataset's number of classes."
                 )
 
+
+@META_ARCH_REGISTRY.register()
+class SAMDETR(SetDetector):
+    """SAM-DETR and SAM-DETR++ (https://arxiv.org/abs/2203.06883, https://arxiv.org/abs/2207.14172)."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        in_features: list[str],
+        feature_projection: FeatureProjection,
+        encoder: nn.Module,
+        query_generator: nn.Module,
+        decoder: Decoder,
+        criterion: SetCriterion,
+        num_classes: int,
+        max_detections: int,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        dense_head: DenseHead | None = None,
+        kernels: str = "torch",
+    ):
+        """
+        Args:
+            backbone, criterion, num_classes, max_detections, pixel_mean, pixel_std: see :class:`SetDetector`.
+            in_features: names of the backbone's outputs to use, from the finest to the coarsest.
+            feature_projection: turns the chosen features into levels.
+            encoder: see :data:`samdetr.modeling.encoder.ENCODER_REGISTRY`.
+            query_generator: see :data:`samdetr.modeling.query_generator.QUERY_GENERATOR_REGISTRY`.
+            decoder: predicts from queries and levels.
+            dense_head: a further head that is used in training only.
+            kernels: "torch", or "triton" where that runs, for attention and sampling: of every part that has an attribute
+                ``kernels``.
+        """
+        super().__init__(
+            backbone=backbone,
+            criterion=criterion,
+            num_classes=num_classes,
+            max_detections=max_detections,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+        )
+        self.in_features = list(in_features)
+        self.feature_projection = feature_projection
+        self.encoder = encoder
+        self.query_generator = query_generator
+        self.decoder = decoder
+        self.dense_head = dense_head
+        for part in self.modules():
+            if hasattr(part, "kernels"):
+                part.kernels = kernels
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.SAMDETR
+        backbone = build_backbone(cfg)
+        features = used_features(cfg, backbone)
+        return {
+            "backbone": backbone,
+            "in_features": node.IN_FEATURES,
+            "feature_projection": FeatureProjection(
+                in_channels=[feature.channels for feature in features],
+                strides=[feature.stride for feature in features],
+                dim=node.HIDDEN_DIM,
+                num_groups=node.PROJECTION_NUM_GROUPS,
+                temperature=node.POSITION_TEMPERATURE,
+            ),
+            "encoder": build_encoder(cfg),
+            "query_generator": build_query_generator(cfg),
+            "decoder": Decoder(cfg),
+            "criterion": SetCriterion(cfg),
+            "dense_head": DenseHead(cfg) if node.DENSE_HEAD.ENABLED else None,
+            "kernels": node.KERNELS,
+            "num_classes": node.NUM_CLASSES,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
     def encode(self, images: Tensor, image_sizes: list[tuple[int, int]] | None) -> list[FeatureLevel]:
         """Turn images into the encoded levels.
 
@@ -278,6 +301,30 @@ class SAMDETR(nn.Module):
 def name_of(inputs: dict) -> str:
     """Return the name of an image for error messages."""
     return f"image {inputs.get('file_name', inputs.get('image_id', '(without file_name)'))}"
+
+
+def used_features(cfg, backbone: Backbone) -> list[ShapeSpec]:
+    """Return channels and strides of the backbone's outputs that ``MODEL.SAMDETR.IN_FEATURES`` names.
+
+    Raises:
+        UserError: the backbone has no such outputs, or they are not in order.
+    """
+    node = cfg.MODEL.SAMDETR
+    shapes = backbone.output_shape()
+    missing = [name for name in node.IN_FEATURES if name not in shapes]
+    if missing or not node.IN_FEATURES:
+        raise UserError(
+            f"MODEL.SAMDETR.IN_FEATURES is {list(node.IN_FEATURES)}, but the backbone {cfg.MODEL.BACKBONE.NAME} "
+            f"gives {sorted(shapes)}: choose from these, or change what the backbone gives "
+            "(for a ResNet, MODEL.RESNETS.OUT_FEATURES)."
+        )
+    features = [shapes[name] for name in node.IN_FEATURES]
+    if any(fine.stride >= coarse.stride for fine, coarse in pairwise(features)):
+        raise UserError(
+            f"MODEL.SAMDETR.IN_FEATURES {list(node.IN_FEATURES)} have strides {[f.stride for f in features]}: "
+            "name them from the finest to the coarsest."
+        )
+    return features
 
 
 def _in_output_pixels(detections: Instances, inputs: dict) -> Instances:

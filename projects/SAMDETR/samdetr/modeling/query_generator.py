@@ -168,8 +168,10 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
     def forward(self, levels: list[FeatureLevel], targets: list[ImageTarget] | None = None) -> QueryBatch:
         """Make the queries; see :data:`QUERY_GENERATOR_REGISTRY`."""
         queries = super().forward(levels)
-        if targets is None:
-            return queries
+        return queries if targets is None else self.add_denoising(queries, targets)
+
+    def add_denoising(self, queries: QueryBatch, targets: list[ImageTarget]) -> QueryBatch:
+        """Return matching queries followed by denoising queries made from the ground truth."""
         clean, num_groups = self.repeat_targets(targets)
         labels, boxes = self.add_noise(clean)
         noisy_content = nn.functional.pad(self.label_embedding(labels), (0, 1), value=1.0)

@@ -17,6 +17,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..modeling import SAMDETR
 from ..modeling.cross_attention import DotProductAttention
 from ..modeling.structures import AlignedQuery, FeatureLevel
 from .text import as_drawn
@@ -70,8 +71,11 @@ def record_attention(model: nn.Module) -> Iterator[list[RecordedLayer]]:
         A list with one :class:`RecordedLayer` for each layer of the latest forward pass, filled when the model has run.
 
     Raises:
-        UserError: the model's cross-attention does not attend to every pixel, or is not one of this project's.
+        UserError: the model is no SAMDETR, or its cross-attention does not attend to every pixel or is not one of this
+            project's.
     """
+    if not isinstance(model, SAMDETR):
+        raise UserError(f"The attention of a {type(model).__name__} is not shown here: only that of a SAMDETR is.")
     layers = model.decoder.layers
     if not all(isinstance(layer.cross_attention, DotProductAttention) for layer in layers):
         raise UserError(

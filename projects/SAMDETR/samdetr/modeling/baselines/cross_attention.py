@@ -1,7 +1,7 @@
 """The cross-attentions of other detectors, as entries of ``CROSS_ATTENTION_REGISTRY``.
 
-They are meant for unaligned queries (``IdentityAligner``), but take aligned queries as well. docs/baselines.md says how
-close each comes to the detector that it is named after.
+They are meant for unaligned queries (``IdentityAligner``), but take aligned queries as well. docs/baselines.md says what
+each takes from which detector; the detectors themselves are in ``transformers_detr``.
 
 Shapes: B images, Q queries, C model width, M heads, V levels, N pixels of a level.
 """
