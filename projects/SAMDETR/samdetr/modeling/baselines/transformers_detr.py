@@ -314,8 +314,7 @@ class TransformersDETR(SetDetector):
             The predictions of all layers, and of DN-DETR the queries that they were made from.
         """
         images, pixel_mask = encoded
-        generator = self.query_generator
-        queries = None if generator is None else self.make_queries(generator, len(images), targets)
+        queries = self.make_queries(len(images), targets)
         with contextlib.nullcontext() if queries is None else _decoding(self.network.decoder, queries):
             content, reference = self.layer_outputs(images, pixel_mask)
         box_logits = self.box_change(content)
@@ -324,10 +323,11 @@ class TransformersDETR(SetDetector):
             box_logits = box_logits + F.pad(reference, (0, 4 - reference.shape[-1]))
         return Predictions(self.class_head(content).float(), box_logits.sigmoid()), queries
 
-    def make_queries(
-        self, generator: DenoisingQueryGenerator, batch_size: int, targets: list[ImageTarget] | None
-    ) -> QueryBatch:
-        """Make DN-DETR's queries; see :data:`samdetr.modeling.query_generator.QUERY_GENERATOR_REGISTRY`."""
+    def make_queries(self, batch_size: int, targets: list[ImageTarget] | None) -> QueryBatch | None:
+        """Make DN-DETR's queries, see :data:`samdetr.modeling.query_generator.QUERY_GENERATOR_REGISTRY`; None for the others."""
+        generator = self.query_generator
+        if generator is None:
+            return None
         reference_logits = self.network.query_refpoint_embeddings.weight
         queries = QueryBatch(*(x.expand(batch_size, -1, -1) for x in (generator.content, reference_logits)))
         return queries if targets is None else generator.add_denoising(queries, targets)
