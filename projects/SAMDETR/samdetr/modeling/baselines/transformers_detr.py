@@ -324,7 +324,7 @@ class TransformersDETR(SetDetector):
         return Predictions(self.class_head(content).float(), box_logits.sigmoid()), queries
 
     def make_queries(self, batch_size: int, targets: list[ImageTarget] | None) -> QueryBatch | None:
-        """Make DN-DETR's queries, see :data:`samdetr.modeling.query_generator.QUERY_GENERATOR_REGISTRY`; None for the others."""
+        """Make DN-DETR's queries, as a part of ``QUERY_GENERATOR_REGISTRY`` does; None for the others, which have their own."""
         generator = self.query_generator
         if generator is None:
             return None
