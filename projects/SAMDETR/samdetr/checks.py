@@ -18,6 +18,7 @@ from .data import class_names_of, match_classes, read_dataset
 from .data.digits import DIGITS_DATASETS
 from .errors import UserError, did_you_mean
 from .limits import (
+    DETECTORS,
     INFERENCE_RANGES,
     MODEL_CHOICES,
     MODEL_RANGES,
@@ -89,7 +90,7 @@ def check_model(cfg: CfgNode) -> None:
     """Check the names and numbers that the model is built from; for errors see :func:`check_config`."""
     _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
-    if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
+    if cfg.MODEL.META_ARCHITECTURE in DETECTORS:
         _check_model(cfg)
     _check_choices(cfg, MODEL_CHOICES)
     _check_ranges(cfg, INFERENCE_RANGES)
@@ -193,7 +194,7 @@ def _check_choices(cfg: CfgNode, choices: dict[str, tuple]) -> None:
 
 def _check_unsupported(cfg: CfgNode) -> None:
     """Refuse what would have no effect here, so that nobody relies on it."""
-    own = cfg.MODEL.META_ARCHITECTURE == "SAMDETR"
+    own = cfg.MODEL.META_ARCHITECTURE in DETECTORS
     for key, supported in UNSUPPORTED.items() | (UNSUPPORTED_BY_SAMDETR.items() if own else set()):
         value = value_of(cfg, key)
         if (tuple(value) if isinstance(value, list) else value) != supported:

@@ -7,6 +7,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 __all__ = [
+    "DETECTORS",
     "INFERENCE_RANGES",
     "MODEL_CHOICES",
     "MODEL_RANGES",
@@ -42,6 +43,9 @@ def value_of(node: CfgNode, key: str) -> Any:
     return node
 
 
+# The meta-architectures that read MODEL.SAMDETR: SAMDETR, and other detectors built of its parts.
+DETECTORS = ("SAMDETR", "AnchorDETR", "SMCADETR", "SparseRCNN")
+
 _POSITIVE = Range(0, above=True)
 _SHARE = Range(0, 1)
 _CHANNELS = Range(1, 16384)
@@ -56,17 +60,20 @@ MODEL_RANGES = {
         "PROJECTION_NUM_GROUPS": Range(0, 8192),
         "POSITION_TEMPERATURE": _POSITIVE,
         "PRIOR_PROB": Range(1e-6, 1 - 1e-6),
+        "DROPOUT": Range(0, 0.99),
         "ENCODER.NUM_LAYERS": Range(0, 100),
         "ENCODER.FEEDFORWARD_DIM": Range(1, 65536),
         "ENCODER.NUM_POINTS": Range(1, 64),
         "ANCHOR_SIZE": Range(0, 1, above=True),
         "DENSE_HEAD.PIXELS_PER_BOX": Range(1, 10_000),
+        "QUERY_GENERATOR.NUM_PATTERNS": Range(1, 100),
         "QUERY_GENERATOR.DN_GROUPS": Range(1, 10_000),
         "QUERY_GENERATOR.DN_MAX_QUERIES": Range(1, 100_000),
         "QUERY_GENERATOR.DN_BOX_NOISE": _SHARE,
         "QUERY_GENERATOR.DN_LABEL_NOISE": _SHARE,
         "DECODER.NUM_LAYERS": Range(1, 100),
         "DECODER.FEEDFORWARD_DIM": Range(1, 65536),
+        "DECODER.DYNAMIC_DIM": Range(1, 8192),
         "ALIGNER.POOLED_SIZE": Range(1, 64),
         "ALIGNER.REDUCTION": Range(1, 8192),
         "ALIGNER.NUM_KEYPOINTS": Range(0, 1024),

@@ -25,6 +25,7 @@ from .config import load_config, merge_options
 from .data import register_datasets
 from .data.images import ImageSource, check_regular_file, read_image
 from .errors import UserError, one_line
+from .limits import DETECTORS
 from .modeling.build import build_detector
 from .solver import autocast
 
@@ -158,8 +159,8 @@ def load(
         if path != cfg.MODEL.WEIGHTS:  # the options name other weights
             checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS)
     cfg.MODEL.DEVICE = device
-    if cfg.MODEL.META_ARCHITECTURE != "SAMDETR":
-        raise UserError(f"{source} is a {cfg.MODEL.META_ARCHITECTURE}; only SAMDETR models can be loaded here.")
+    if cfg.MODEL.META_ARCHITECTURE not in DETECTORS:
+        raise UserError(f"{source} is a {cfg.MODEL.META_ARCHITECTURE}; only {', '.join(DETECTORS)} can be loaded here.")
     check_model(cfg)
     if checkpoint is not None:
         _check_size(cfg, checkpoint)

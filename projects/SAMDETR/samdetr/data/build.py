@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader
 
 from ..errors import UserError
+from ..limits import DETECTORS
 from .dataset_mapper import DetrDatasetMapper
 from .datasets import class_names_of, load_records
 from .mixing import Mixing
@@ -252,7 +253,7 @@ def warn_about_capacity(cfg, name: str, records: list[dict], *, training: bool) 
     flags = [[annotation.get("iscrowd", 0) for annotation in record.get("annotations", [])] for record in records]
     boxes = np.array([crowd.count(0) for crowd in flags])
     limits = []
-    if cfg.MODEL.META_ARCHITECTURE == "SAMDETR":
+    if cfg.MODEL.META_ARCHITECTURE in DETECTORS:
         effect = "are not learned in a step" if training else "cannot be found"
         limits.append(("MODEL.SAMDETR.NUM_QUERIES", cfg.MODEL.SAMDETR.NUM_QUERIES, effect))
     if not training:

@@ -73,9 +73,10 @@ def record_attention(model: nn.Module) -> Iterator[list[RecordedLayer]]:
         UserError: the model's cross-attention does not attend to every pixel, or is not one of this project's.
     """
     layers = model.decoder.layers
-    if not all(isinstance(layer.cross_attention, DotProductAttention) for layer in layers):
+    attentions = [getattr(layer, "cross_attention", layer) for layer in layers]
+    if not all(isinstance(attention, DotProductAttention) for attention in attentions):
         raise UserError(
-            f"{type(layers[0].cross_attention).__name__} does not expose its attention weights: only classes derived "
+            f"{type(attentions[0]).__name__} does not expose its attention weights: only classes derived "
             "from DotProductAttention do."
         )
     recorded: list[RecordedLayer] = []

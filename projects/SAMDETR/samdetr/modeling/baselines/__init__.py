@@ -1,5 +1,5 @@
-"""Parts of other detectors, to compare with; importing this folder registers them. See docs/baselines.md."""
+"""Other detectors and parts of them, to compare with; importing this folder registers them. See docs/baselines.md."""
 
-from . import cross_attention, fcos
+from . import anchor_detr, cross_attention, fcos, smca_detr, sparse_rcnn
 
-__all__ = ["cross_attention", "fcos"]
+__all__ = ["anchor_detr", "cross_attention", "fcos", "smca_detr", "sparse_rcnn"]
