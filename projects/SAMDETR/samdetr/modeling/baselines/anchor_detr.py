@@ -226,7 +226,7 @@ class AnchorQueries(nn.Module):
 
     def forward(self, levels: list[FeatureLevel], targets: list[ImageTarget] | None = None) -> QueryBatch:
         """Make the queries: patterns as contents, and reference boxes with the anchor points as centres, logits 0 as sizes."""
-        batch = len(levels[0].features)
+        batch = levels[0].features.shape[0]
         logits = F.pad(self.points.logit(_MARGIN), (0, 2)).repeat(len(self.patterns), 1)
         content = self.patterns.repeat_interleave(len(self.points), dim=0)
         return QueryBatch(content.expand(batch, -1, -1), logits.expand(batch, -1, -1))

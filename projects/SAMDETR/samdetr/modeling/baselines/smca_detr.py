@@ -173,7 +173,7 @@ class ObjectQueries(nn.Module):
 
     def forward(self, levels: list[FeatureLevel], targets: list[ImageTarget] | None = None) -> QueryBatch:
         """Make the queries; contents start at zero, and reference boxes have the predicted centres and logits 0 as sizes."""
-        batch = len(levels[0].features)
+        batch = levels[0].features.shape[0]
         logits = F.pad(self.centre_head(self.embedding), (0, 2))
         return QueryBatch(
             content=torch.zeros_like(self.embedding).expand(batch, -1, -1),

@@ -26,6 +26,8 @@ from ..structures import ImageTarget, Predictions, QueryBatch
 
 __all__ = ["DynamicInteraction", "LearnedProposals", "Pyramid", "SparseRCNN", "SparseStage", "SparseStages"]
 
+_LARGEST_CHANGE = math.log(100000 / 16)  # of the logarithm of a size, as published
+
 # A feature pyramid: maps (B, C, H, W), from the finest, and the images' heights and widths without padding, (B, 2) in pixels.
 Pyramid = tuple[list[Tensor], Tensor]
 
@@ -71,10 +73,17 @@ class SparseRCNN(SAMDETR):
         }
 
     def encode(self, images: Tensor, image_sizes: list[tuple[int, int]] | None) -> Pyramid:
-        """Return the feature pyramid; for the arguments see :meth:`SAMDETR.encode`."""
+        """Return the feature pyramid; for the arguments see :meth:`SAMDETR.encode`.
+
+        Raises:
+            UserError: ``image_sizes`` is None, as in a model that is exported.
+        """
+        if image_sizes is None:
+            raise UserError(
+                "SparseRCNN cannot be exported, because its RoIAlign works image by image: use another model."
+            )
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
-        sizes = image_sizes or [images.shape[-2:]] * len(images)
-        return [features[name] for name in self.in_features], upload(sizes, images.device, torch.float32)
+        return [features[name] for name in self.in_features], upload(image_sizes, images.device, torch.float32)
 
     def decode(self, levels: Pyramid, targets: list[ImageTarget] | None = None) -> tuple[Predictions, QueryBatch]:
         """Predict from the feature pyramid; see :meth:`SAMDETR.decode`."""
@@ -222,7 +231,7 @@ class SparseStages(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(stages)
         self.pooler = pooler
-        self.box_transform = Box2BoxTransform(box_weights)
+        self.box_transform = Box2BoxTransform(box_weights, scale_clamp=_LARGEST_CHANGE)
         self.recompute = recompute
 
     def forward(self, features: Tensor, boxes: Tensor, pyramid: Pyramid) -> Predictions:
