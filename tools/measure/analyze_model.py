@@ -95,7 +95,12 @@ def analyze(model: nn.Module, inputs: tuple) -> Counter:
     analysis.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
     analysis.set_op_handle("aten::matmul", matmul_flops)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    return analysis.by_module()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a single operation, which fvcore does not know
+    try:
+        return analysis.by_module()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @torch.no_grad()
@@ -158,8 +163,9 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
         return {**{name: of(child) for name, child in model.named_children()}, "total": of(model)}
     counts = {part: of(getattr(model, part)) for part in PARTS if getattr(model, part) is not None}
     for part in DECODER_PARTS:
-        modules = [getattr(layer, part) for layer in model.decoder.layers if hasattr(layer, part)]
-        counts[f"decoder.{part}"] = of(nn.ModuleList(modules or [getattr(model.decoder, part)]))
+        owners = [owner for owner in (*model.decoder.layers, model.decoder) if hasattr(owner, part)]
+        if owners:
+            counts[f"decoder.{part}"] = of(nn.ModuleList(getattr(owner, part) for owner in owners))
     counts["total"] = of(model)
     return counts
 
@@ -193,6 +199,8 @@ NAMES_HERE = {
     "Faster-R-CNN": "baselines/faster_rcnn{}",
     "Cascade-R-CNN": "baselines/cascade_rcnn{}",
     "FCOS": "baselines/fcos{}",
+    "Anchor-DETR": "baselines/anchor_detr{}",
+    "Sparse-R-CNN": "baselines/sparse_rcnn{}",
 }
 
 
@@ -292,7 +300,8 @@ def main() -> None:
 
     if isinstance(model, samdetr.SAMDETR):
         rows = [row(label, part) for part, label in PARTS.items() if part in parameters]
-        rows += [row(f"  of it {part.replace('_', ' ')}", f"decoder.{part}") for part in DECODER_PARTS]
+        pieces = [part for part in DECODER_PARTS if f"decoder.{part}" in parameters]
+        rows += [row(f"  of it {part.replace('_', ' ')}", f"decoder.{part}") for part in pieces]
         rows.append(["  of it RoIAlign", "", "", f"{flops['roi_align'] / 1e9:.1f}"])
         rows.append(row("total", "total"))
         rows.append(["total without RoIAlign", "", "", f"{(flops['total'] - flops['roi_align']) / 1e9:.1f}"])

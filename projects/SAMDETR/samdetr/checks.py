@@ -25,6 +25,7 @@ from .limits import (
     SET_DETECTORS,
     TRAINING_RANGES,
     UNSUPPORTED,
+    UNSUPPORTED_BY_BASELINES,
     UNSUPPORTED_BY_SET_DETECTORS,
     UNSUPPORTED_BY_TRANSFORMERS,
     Range,
@@ -200,6 +201,8 @@ def _check_unsupported(cfg: CfgNode) -> None:
     refused = dict(UNSUPPORTED)
     if cfg.MODEL.META_ARCHITECTURE in SET_DETECTORS:
         refused |= UNSUPPORTED_BY_SET_DETECTORS
+        if cfg.MODEL.META_ARCHITECTURE != "SAMDETR":
+            refused |= UNSUPPORTED_BY_BASELINES
     if cfg.MODEL.META_ARCHITECTURE == "TransformersDETR":
         refused |= UNSUPPORTED_BY_TRANSFORMERS
     for key, supported in refused.items():

@@ -193,6 +193,9 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # Score that every class starts with (RetinaNet, section 3.3).
     node.PRIOR_PROB = 0.01
 
+    # SMCADETR only, which has 0.1 as published. Dropout of encoder and decoder in training.
+    node.DROPOUT = 0.0
+
     # Recompute each encoder and decoder layer in the backward pass instead of keeping its activations.
     node.ACTIVATION_CHECKPOINTING = False
 
@@ -218,6 +221,8 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.QUERY_GENERATOR.SELECT_FROM_ENCODER = False
     # Whether the features of the pixels that are selected become the queries' contents as well. Not the paper's.
     node.QUERY_GENERATOR.CONTENT_FROM_ENCODER = False
+    # AnchorDETR only. Queries at each anchor point; must divide NUM_QUERIES.
+    node.QUERY_GENERATOR.NUM_PATTERNS = 3
     # DN only. Groups of denoising queries, each with every box of the image; there are fewer if there are many boxes.
     node.QUERY_GENERATOR.DN_GROUPS = 5
     # DN only. Maximum number of denoising queries per image, which bounds the memory.
@@ -244,6 +249,8 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     node.DECODER.NUM_LAYERS = 6
     # Hidden width of the feed-forward networks.
     node.DECODER.FEEDFORWARD_DIM = 2048
+    # SparseRCNN only. Channels between the two dynamic layers.
+    node.DECODER.DYNAMIC_DIM = 64
     # Whether each layer's box is the next layer's reference box, as published. Otherwise every layer starts from the query's
     # own reference box (for ablations).
     node.DECODER.BOX_REFINEMENT = True

@@ -243,6 +243,17 @@ class SAMDETR(SetDetector):
 
     @classmethod
     def from_config(cls, cfg):
+        return {
+            **cls.shared_parts(cfg),
+            "encoder": build_encoder(cfg),
+            "query_generator": build_query_generator(cfg),
+            "decoder": Decoder(cfg),
+            "dense_head": DenseHead(cfg) if cfg.MODEL.SAMDETR.DENSE_HEAD.ENABLED else None,
+        }
+
+    @staticmethod
+    def shared_parts(cfg) -> dict:
+        """Return the arguments that detectors with another encoder and decoder have in common with this one."""
         node = cfg.MODEL.SAMDETR
         backbone = build_backbone(cfg)
         features = used_features(cfg, backbone)
@@ -256,11 +267,7 @@ class SAMDETR(SetDetector):
                 num_groups=node.PROJECTION_NUM_GROUPS,
                 temperature=node.POSITION_TEMPERATURE,
             ),
-            "encoder": build_encoder(cfg),
-            "query_generator": build_query_generator(cfg),
-            "decoder": Decoder(cfg),
             "criterion": SetCriterion(cfg),
-            "dense_head": DenseHead(cfg) if node.DENSE_HEAD.ENABLED else None,
             "kernels": node.KERNELS,
             "num_classes": node.NUM_CLASSES,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,

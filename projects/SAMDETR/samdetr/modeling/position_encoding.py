@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops.runtime import is_tracing
 
-__all__ = ["pixel_position_encoding", "sine_embedding"]
+__all__ = ["coordinate_embedding", "pixel_position_encoding", "sine_embedding"]
 
 
 @functools.lru_cache(maxsize=16)
@@ -21,8 +21,8 @@ def _wave_constants(dim: int, temperature: float, device: torch.device) -> Tenso
     return temperature ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
-def _embed(coordinate: Tensor, dim: int, temperature: float) -> Tensor:
-    """Embed (...) coordinates into (..., dim). The highest-frequency sine completes one period over [0, 1]."""
+def coordinate_embedding(coordinate: Tensor, dim: int, temperature: float) -> Tensor:
+    """Embed (...) coordinates into (..., dim), float32. The highest-frequency sine completes one period over [0, 1]."""
     if dim % 2:
         raise ValueError(f"A sine embedding needs an even number of channels per coordinate, not {dim}.")
     constants = _wave_constants.__wrapped__ if is_tracing() else _wave_constants
@@ -41,7 +41,7 @@ def sine_embedding(points: Tensor, dim: int, temperature: float) -> Tensor:
     Returns:
         (..., C) float32.
     """
-    return _embed(points.flip(-1), dim // 2, temperature).flatten(-2)
+    return coordinate_embedding(points.flip(-1), dim // 2, temperature).flatten(-2)
 
 
 def pixel_position_encoding(size: tuple[int, int], valid_size: Tensor, dim: int, temperature: float) -> Tensor:
@@ -59,8 +59,8 @@ def pixel_position_encoding(size: tuple[int, int], valid_size: Tensor, dim: int,
     half = dim // 2
     rows = torch.arange(height, dtype=torch.float32, device=valid_size.device) + 0.5
     columns = torch.arange(width, dtype=torch.float32, device=valid_size.device) + 0.5
-    y = _embed(rows / valid_size[:, :1], half, temperature)  # (B, H, C / 2)
-    x = _embed(columns / valid_size[:, 1:], half, temperature)  # (B, W, C / 2)
+    y = coordinate_embedding(rows / valid_size[:, :1], half, temperature)  # (B, H, C / 2)
+    x = coordinate_embedding(columns / valid_size[:, 1:], half, temperature)  # (B, W, C / 2)
     y = y[:, :, None].expand(-1, -1, width, -1)
     x = x[:, None].expand(-1, height, -1, -1)
     return torch.cat([y, x], dim=-1)

@@ -87,6 +87,7 @@ class QueryBatch:
         denoising: targets of the last queries; None if there are no denoising queries.
         proposals: what the reference boxes were selected from, to be matched and to learn like the predictions of one more
             decoder layer, with each of N pixels in place of a query; None if nothing was selected, or outside training.
+        position: (B or 1, Q, C), learned position embeddings; None where they follow from the reference boxes.
     """
 
     content: Tensor
@@ -94,6 +95,7 @@ class QueryBatch:
     attention_mask: Tensor | None = None
     denoising: DenoisingTargets | None = None
     proposals: "Predictions | None" = None
+    position: Tensor | None = None
 
 
 @dataclass

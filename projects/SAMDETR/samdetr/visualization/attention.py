@@ -77,9 +77,10 @@ def record_attention(model: nn.Module) -> Iterator[list[RecordedLayer]]:
     if not isinstance(model, SAMDETR):
         raise UserError(f"The attention of a {type(model).__name__} is not shown here: only that of a SAMDETR is.")
     layers = model.decoder.layers
-    if not all(isinstance(layer.cross_attention, DotProductAttention) for layer in layers):
+    attentions = [getattr(layer, "cross_attention", layer) for layer in layers]
+    if not all(isinstance(attention, DotProductAttention) for attention in attentions):
         raise UserError(
-            f"{type(layers[0].cross_attention).__name__} does not expose its attention weights: only classes derived "
+            f"{type(attentions[0]).__name__} does not expose its attention weights: only classes derived "
             "from DotProductAttention do."
         )
     recorded: list[RecordedLayer] = []

@@ -1,5 +1,5 @@
 """Other detectors, and parts of them, to compare with; importing this folder registers them. See docs/baselines.md."""
 
-from . import cross_attention, fcos, transformers_detr
+from . import anchor_detr, cross_attention, fcos, smca_detr, sparse_rcnn, transformers_detr
 
-__all__ = ["cross_attention", "fcos", "transformers_detr"]
+__all__ = ["anchor_detr", "cross_attention", "fcos", "smca_detr", "sparse_rcnn", "transformers_detr"]
