@@ -33,9 +33,13 @@ DETECTRON2_BASELINES = [
 
 
 DETR_BASELINES = [
-    *("detr_R_50", "conditional_detr_R_50", "smca_detr_R_50", "deformable_detr_R_50"),
-    *("detr_R_50_DC5", "conditional_detr_R_50_DC5", "smca_detr_R_50_DC5", "deformable_detr_R_50_DC5"),
-    *("dab_detr_R_50_DC5", "dn_detr_R_50_DC5", "smca_detr_pp_R_50", "deformable_detr_pp_R_50"),
+    *("detr_R_50", "conditional_detr_R_50", "deformable_detr_R_50", "detr_R_50_DC5", "conditional_detr_R_50_DC5"),
+    *("deformable_detr_R_50_DC5", "dab_detr_R_50_DC5", "dn_detr_R_50_DC5", "deformable_detr_pp_R_50"),
+]
+
+
+OTHER_DETECTORS = [
+    *("smca_detr_R_50", "smca_detr_R_50_DC5", "smca_detr_pp_R_50", "anchor_detr_R_50_DC5", "sparse_rcnn_R_50_FPN"),
 ]
 
 
@@ -68,7 +72,7 @@ def test_every_config_is_known():
     bccd = {path.stem for path in (ROOT / "configs" / "bccd").glob("*.yaml")}
     assert bccd == {"Base-BCCD", *BCCD}
     baselines = {path.stem for path in (ROOT / "configs" / "baselines").glob("*.yaml")} - {"Base-Detectron2"}
-    assert baselines == {f"{name}_1x" for name in (*DETECTRON2_BASELINES, *DETR_BASELINES)}
+    assert baselines == {f"{name}_1x" for name in (*DETECTRON2_BASELINES, *DETR_BASELINES, *OTHER_DETECTORS)}
 
 
 @pytest.mark.parametrize("name", [name for name in DETECTRON2_BASELINES if not name.startswith("fcos")])
@@ -141,7 +145,7 @@ def train_two_steps(cfg, label=7):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*DETECTRON2_BASELINES, "deformable_detr_R_50"])
+@pytest.mark.parametrize("name", [*DETECTRON2_BASELINES, "deformable_detr_R_50", *OTHER_DETECTORS])
 def test_baselines_train_and_evaluate(name):
     # Without pretrained weights, frozen norms would let the activations grow from block to block.
     options = ["MODEL.RESNETS.NORM", "BN", "SOLVER.BASE_LR", 1e-4]

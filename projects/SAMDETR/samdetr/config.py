@@ -268,10 +268,10 @@ def add_samdetr_config(cfg: CfgNode) -> None:
 
     node.CROSS_ATTENTION = CfgNode()
     # A name in CROSS_ATTENTION_REGISTRY: CrossAttention, or SMCACrossAttention for SMCA (paper section 4.5.1). For baselines:
-    # MultiHeadCrossAttention (DETR), SMCAMultiHeadCrossAttention (SMCA-DETR), ConditionalCrossAttention (Conditional DETR,
-    # DAB-DETR), DeformableCrossAttention (Deformable DETR; all levels in every layer).
+    # MultiHeadCrossAttention (DETR), SMCAMultiHeadCrossAttention (the same with Gaussians), ConditionalCrossAttention
+    # (Conditional DETR, DAB-DETR), DeformableCrossAttention (Deformable DETR; all levels in every layer).
     node.CROSS_ATTENTION.NAME = "CrossAttention"
-    # SMCA only. Divisor of the Gaussian's squared distances, in squared pixels of the feature map.
+    # SMCA and SMCADETR only. Divisor of the Gaussian's squared distances, in squared pixels of the (finest) feature map.
     node.CROSS_ATTENTION.GAUSSIAN_BETA = 8.0
     # DeformableCrossAttention only. Points that each head samples in each level.
     node.CROSS_ATTENTION.NUM_POINTS = 4

@@ -125,7 +125,7 @@ class LearnedProposals(nn.Module):
 
 
 class DynamicInteraction(nn.Module):
-    """Let pooled features go through two layers whose weights are generated from the proposal's feature (section 3.3)."""
+    """Let pooled features go through two layers whose weights are generated from the proposal's feature."""
 
     def __init__(self, *, dim: int, dynamic_dim: int, pooled_size: int):
         """
@@ -211,7 +211,7 @@ class SparseStage(nn.Module):
 
 
 class SparseStages(nn.Module):
-    """The stages one after the other; each starts from the boxes and features of the one before (section 3.3)."""
+    """The stages one after the other; each starts from the boxes and features of the one before."""
 
     def __init__(
         self,
