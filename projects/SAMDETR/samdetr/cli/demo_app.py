@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..predictor import Predictor, read_image
 from ..visualization import draw_attention, draw_detections
 from .attention import describe, look_at
-from .common import SCORE_THRESHOLD, add_model_arguments, load_predictor, score
+from .common import SCORE_THRESHOLD, add_model_arguments, load_predictor
 
 
 @dataclass
@@ -128,6 +128,7 @@ def build_page(predictor: Predictor):
     page = Page(predictor)
     with gradio.Blocks(title="SAM-DETR++", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         state = gradio.State()
+        picture = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}  # none that shares it
         with gradio.Row():
             with gradio.Column(scale=1):
                 file = gradio.File(label="Image", elem_id="image")
@@ -136,8 +137,8 @@ def build_page(predictor: Predictor):
                 )
                 text = gradio.Markdown(elem_id="text")
             with gradio.Column(scale=2):
-                drawing = gradio.Image(label="Detections", interactive=False, format="png", elem_id="drawing")
-        sheet = gradio.Image(label="Attention", interactive=False, format="png", elem_id="attention")
+                drawing = gradio.Image(label="Detections", elem_id="drawing", **picture)
+        sheet = gradio.Image(label="Attention", elem_id="attention", **picture)
 
         def clicked(detected, drawn, value, event: gradio.SelectData):
             return page.click(detected, drawn.shape[1], event.index, value)
