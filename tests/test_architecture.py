@@ -9,7 +9,7 @@ from processes import ROOT
 
 PACKAGE = ROOT / "projects" / "SAMDETR" / "samdetr"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = ("cli", "__main__")  # what is called from a shell, and speaks of its options
+COMMANDS = ("cli", "__main__", "about")  # what is called from a shell, and speaks of its options
 # What each part must not import; "" is the package itself with all its parts.
 FORBIDDEN = {
     "ops": [""],

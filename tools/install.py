@@ -2,12 +2,13 @@
 """Make the project's virtual environment ``.venv``, or leave it alone if it is up to date.
 
 Needs Python 3.10 or newer, git and a C++ compiler (for detectron2), and a package index. Set DETECTRON2 to a path or a
-requirement to take detectron2 from there instead of from its repository. Anything that pip reads from the environment
-(PIP_INDEX_URL, for example for torch without CUDA) applies.
+requirement to take detectron2 from there instead of from its repository; one that is installed already stays. Anything that
+pip reads from the environment (PIP_INDEX_URL, for example for torch without CUDA) applies.
 """
 
 import hashlib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ABOUT = ROOT / "projects" / "SAMDETR" / "samdetr" / "about.py"
 ENVIRONMENT = ROOT / ".venv"
 PYTHON = ENVIRONMENT / "bin" / "python"
 STAMP = ENVIRONMENT / ".samdetr-installed"
@@ -59,8 +61,19 @@ def check_compiler() -> None:
         stop("git is missing, which fetches detectron2: install it, or set DETECTRON2 to a local copy.")
 
 
+def detectron2_requirement() -> str:
+    """Return the requirement that installs detectron2: the pinned one, or what DETECTRON2 says."""
+    given = os.environ.get("DETECTRON2", "").strip()
+    path = Path(given).expanduser()
+    if not given:
+        return runpy.run_path(str(ABOUT))["DETECTRON2"]
+    if path.exists():
+        return f"detectron2 @ {path.resolve().as_uri()}"
+    return given if given.startswith("detectron2") else f"detectron2 @ {given}"
+
+
 def main() -> None:
-    source = (ROOT / "setup.py").read_bytes() + Path(__file__).read_bytes()
+    source = b"".join(path.read_bytes() for path in (ROOT / "setup.py", ABOUT, Path(__file__)))
     fingerprint = hashlib.sha256(source + os.environ.get("DETECTRON2", "").encode()).hexdigest()
     if STAMP.exists() and STAMP.read_text() == fingerprint and PYTHON.exists():
         return
@@ -76,11 +89,12 @@ def main() -> None:
         run([*pip, "torch>=2.6", "torchvision"], index)
     if not has_module("detectron2"):
         check_compiler()
-    run(
-        [*pip, "--no-build-isolation", "--editable", ".[test,demo]"],
-        "detectron2 or another requirement could not be installed (see above): if its repository cannot be reached from "
-        "here, set DETECTRON2=<path to a copy of detectron2> and run this again.",
-    )
+        run(
+            [*pip, "--no-build-isolation", detectron2_requirement()],
+            "detectron2 could not be installed (see above): if its repository cannot be reached from here, set "
+            "DETECTRON2=<path to a copy of detectron2> and run this again.",
+        )
+    run([*pip, "--no-build-isolation", "--editable", ".[test,demo]"], index)
     STAMP.write_text(fingerprint)
 
 

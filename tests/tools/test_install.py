@@ -1,56 +1,59 @@
-"""setup.py's choice of detectron2, and the messages of tools/install.py."""
+"""tools/install.py's choice of detectron2 and its messages, and the package's requirements."""
 
 import hashlib
-import importlib.util
 import runpy
 import shutil
+import subprocess
 import sys
 
 import install
 import pytest
 import setuptools
 
-from helpers import ROOT
+from processes import ROOT, environment
+from samdetr.about import INSTALL_DETECTRON2
 
 
 @pytest.fixture
 def requirement(monkeypatch):
-    """``setup.py``'s detectron2 requirement, as if detectron2 was installed or not."""
+    """The requirement that installs detectron2, by what the variable DETECTRON2 says."""
 
-    def run(installed, given=None):
-        find_spec = importlib.util.find_spec
-        hidden = () if installed else ("detectron2",)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else find_spec(name))
-        monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    def run(given=None):
         monkeypatch.delenv("DETECTRON2", raising=False)
         if given is not None:
             monkeypatch.setenv("DETECTRON2", given)
-        return runpy.run_path(str(ROOT / "setup.py"))["detectron2_requirement"]()
+        return install.detectron2_requirement()
 
     return run
 
 
-def test_an_installed_detectron2_is_not_replaced(requirement, tmp_path):
-    assert requirement(installed=True) == []
-    assert requirement(installed=True, given=str(tmp_path)) == []
-
-
 def test_detectron2_comes_from_its_repository_at_a_commit(requirement):
-    (found,) = requirement(installed=False)
+    found = requirement()
     assert found.startswith("detectron2 @ git+https://github.com/facebookresearch/detectron2@") and len(found) > 100
+    assert found in INSTALL_DETECTRON2  # what a user is told who has none
+    assert found in (ROOT / "README.md").read_text()
 
 
 def test_detectron2_may_come_from_elsewhere(requirement, tmp_path):
-    assert requirement(installed=False, given=str(tmp_path)) == [f"detectron2 @ {tmp_path.as_uri()}"]
+    assert requirement(str(tmp_path)) == f"detectron2 @ {tmp_path.as_uri()}"
     mirror = "git+https://mirror.example/detectron2@main"
-    assert requirement(installed=False, given=mirror) == [f"detectron2 @ {mirror}"]
-    assert requirement(installed=False, given="detectron2==0.6") == ["detectron2==0.6"]
+    assert requirement(mirror) == f"detectron2 @ {mirror}"
+    assert requirement("detectron2==0.6") == "detectron2==0.6"
 
 
-def test_without_torch_the_install_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"torch is missing here.*--no-build-isolation"):
-        runpy.run_path(str(ROOT / "setup.py"))
+def test_the_package_requires_nothing_by_address(monkeypatch):
+    """A package index refuses such packages."""
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    requirements = [*given["install_requires"], *(line for extra in given["extras_require"].values() for line in extra)]
+    assert "pycocotools" in requirements and not any("@" in line for line in requirements)
+
+
+def test_without_detectron2_the_import_names_the_line_that_brings_it():
+    code = "import sys; sys.modules['detectron2'] = None; import samdetr"
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert result.stderr.strip().endswith(f"samdetr needs detectron2. This line brings it: {INSTALL_DETECTRON2}")
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
@@ -78,7 +81,8 @@ def test_a_failing_step_ends_in_one_line_with_the_remedy(monkeypatch, tmp_path):
 
 def test_an_environment_that_is_up_to_date_is_left_alone(monkeypatch, tmp_path):
     monkeypatch.delenv("DETECTRON2", raising=False)
-    source = (ROOT / "setup.py").read_bytes() + (ROOT / "tools" / "install.py").read_bytes()
+    sources = ("setup.py", "projects/SAMDETR/samdetr/about.py", "tools/install.py")
+    source = b"".join((ROOT / path).read_bytes() for path in sources)
     monkeypatch.setattr(install, "STAMP", tmp_path / "stamp")
     monkeypatch.setattr(install, "PYTHON", tmp_path / "python")
     monkeypatch.setattr(install, "run", lambda *arguments: pytest.fail("something was installed"))

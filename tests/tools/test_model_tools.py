@@ -48,7 +48,7 @@ def test_predictions_are_written_as_they_are_found(tool, run_folder, pictures, t
             raise KeyboardInterrupt
         run_images(self, files)
         self.results.file.flush()
-        written.append((tmp_path / "out" / "predictions.json.part").stat().st_size)
+        written.append((tmp_path / "out" / "predictions.json.part0").stat().st_size)
 
     monkeypatch.setattr(predict.Prediction, "run_images", interrupted)
     arguments = ["--weights", run_folder / "model_final.pth", "--input", pictures, "--output", tmp_path / "out"]

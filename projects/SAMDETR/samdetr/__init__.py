@@ -6,6 +6,13 @@ cfg = samdetr.load_config("sam_detr_R_50_1x")   # one of this project's configs,
 samdetr.add_samdetr_config(cfg)                 # in other detectron2 code: add the MODEL.SAMDETR node
 """
 
+from .about import INSTALL_DETECTRON2, __version__
+
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"samdetr needs detectron2. This line brings it: {INSTALL_DETECTRON2}") from error
+
 from . import checkpoint, data
 from .config import add_samdetr_config, load_config
 from .engine import Trainer
@@ -21,8 +28,6 @@ from .modeling import (
 )
 from .predictor import Predictor, load
 
-__version__ = "0.1.0"
-
 __all__ = [
     "CROSS_ATTENTION_REGISTRY",
     "ENCODER_REGISTRY",
@@ -34,6 +39,7 @@ __all__ = [
     "Predictor",
     "Trainer",
     "UserError",
+    "__version__",
     "add_samdetr_config",
     "checkpoint",
     "data",

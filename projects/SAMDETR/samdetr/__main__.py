@@ -1,6 +1,6 @@
 """``python -m samdetr`` is the command ``samdetr``."""
 
-from .cli import main
+from samdetr.cli import main
 
 if __name__ == "__main__":
     main()

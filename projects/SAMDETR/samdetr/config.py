@@ -324,6 +324,12 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA.DECAY = 0.9998
     # End training when this many evaluations in a row (TEST.EVAL_PERIOD) have not improved the best AP; 0: never.
     cfg.SOLVER.PATIENCE = 0
+    # Show runs in Weights & Biases or MLflow, beside metrics.json and TensorBoard: names of a project or experiment, "" for
+    # none, and of the run (by default its OUTPUT_DIR's). Everything else is said by their own variables (WANDB_MODE, ...).
+    cfg.TRACKING = CfgNode()
+    cfg.TRACKING.WANDB_PROJECT = ""
+    cfg.TRACKING.MLFLOW_EXPERIMENT = ""
+    cfg.TRACKING.RUN_NAME = ""
     # What to do when a loss or gradient is not finite: "stop" training, or "skip" the step (and stop after 100 in a row).
     cfg.SOLVER.NON_FINITE = "stop"
 

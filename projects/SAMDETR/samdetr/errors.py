@@ -1,9 +1,11 @@
 """The error for a user's mistake, and text that is safe to show."""
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
-__all__ = ["UserError", "did_you_mean", "one_line"]
+__all__ = ["UserError", "did_you_mean", "import_extra", "one_line"]
 
 
 def one_line(text: object) -> str:
@@ -35,3 +37,15 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return " Did you mean 'X'?" for the choice that resembles ``name`` most; "" if none does."""
     close = difflib.get_close_matches(name, list(choices), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def import_extra(module: str, package: str) -> ModuleType:
+    """Import a module of a package that not everyone needs.
+
+    Raises:
+        UserError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"This needs a package: pip install {package} ({error}).") from error

@@ -148,7 +148,8 @@ def load(
         path = _download(source) if "://" in source else source
         with _mistakes_in("source"):
             checkpoint = Checkpoint.read_local(path, name="checkpoint")
-        cfg = load_config(config_file) if config_file is not None else checkpoint and checkpoint.config()
+        carried = checkpoint.config() if checkpoint else None
+        cfg = load_config(config_file) if config_file is not None else carried
         if cfg is None:
             raise UserError(
                 f"{source} carries no config: name the one that it was trained with.", argument="config_file"
@@ -194,6 +195,11 @@ def _check_device(device: str) -> str:
         raise UserError(f"device is {device!r}: use cpu or cuda.", argument="device")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is {device!r}, but there is no CUDA device here: use cpu.", argument="device")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device is {device!r}, but there are {torch.cuda.device_count()} CUDA devices here, numbered from 0.",
+            argument="device",
+        )
     return device
 
 

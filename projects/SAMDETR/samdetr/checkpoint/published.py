@@ -160,8 +160,9 @@ def recognize_published(state_dict: dict[str, Tensor], checkpoint: dict[str, Any
     source = "names and shapes"
     dc5 = False
     if not multi_scale:
-        if hasattr(arguments, "dilation"):
-            dc5, source = bool(arguments.dilation), f"{source}; DC5 by the checkpoint's arguments"
+        dilation = getattr(arguments, "dilation", None)
+        if dilation is not None:
+            dc5, source = bool(dilation), f"{source}; DC5 by the checkpoint's arguments"
         else:
             dc5, source = "dc5" in lower, f"{source}; DC5 by the file's name, since the weights do not tell"
         fifty = "input_proj.0.1.weight" not in state_dict

@@ -10,18 +10,24 @@ results: every detection, even below the threshold, with ``image_id`` (the file'
 else 1, 2, ... in the order of the inputs), ``file_name``, ``category_id`` (the training dataset's own id), ``bbox`` (x, y,
 width, height in pixels), ``score``, and for videos ``frame``; of videos, only what is above the threshold. A file that
 cannot be read is reported, the others are done all the same, and the exit status is 1.
+
+Started by torchrun or srun, the processes share the inputs, and write one result:
+
+    torchrun --nproc-per-node 8 -m samdetr predict --weights model_final.pth --input photographs/ --output predictions
 """
 
 import argparse
+import contextlib
+import heapq
 import json
 import sys
-from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
-import cv2
-import numpy as np
+import torch
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
+from detectron2.utils import comm
 from PIL import Image
 from tqdm import tqdm
 
@@ -38,6 +44,7 @@ from .common import (
     output_folder,
     score,
 )
+from .launch import joined_processes, was_launched
 
 
 def image_ids(files: list[Path]) -> dict[Path, int]:
@@ -57,73 +64,53 @@ def as_coco(instances: Instances, predictor: Predictor, image_id: int, **extra) 
     return entries
 
 
-def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """Yield the frames of a video, (H, W, 3) uint8, RGB."""
-    capture = cv2.VideoCapture(str(path))
-    try:
-        good, frame = capture.read()
-        if not good:
-            raise UserError(f"{path} is not a video that can be read.")
-        while good:
-            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-            good, frame = capture.read()
-    finally:
-        capture.release()
-
-
-class VideoWriter:
-    """Write frames to an MP4 file at the rate of the source; the first frame determines the size."""
-
-    def __init__(self, path: Path, rate: float):
-        self.path, self.rate = path, rate
-        self.writer = None
-
-    def write(self, picture: np.ndarray) -> None:
-        height, width = (side // 2 * 2 for side in picture.shape[:2])  # the codec needs even sides
-        if self.writer is None:
-            fourcc = cv2.VideoWriter_fourcc(*"mp4v")
-            self.writer = cv2.VideoWriter(str(self.path), fourcc, self.rate, (width, height))
-            if not self.writer.isOpened():
-                raise UserError(f"{self.path} cannot be written as a video.")
-        self.writer.write(cv2.cvtColor(np.ascontiguousarray(picture[:height, :width]), cv2.COLOR_RGB2BGR))
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.release()
-
-
 def drawing_suffix(file: Path) -> str:
     if file.suffix.lower() in VIDEO_SUFFIXES:
         return ".mp4"
     return ".png" if file.suffix.lower() == ".png" else ".jpg"
 
 
-class ResultsFile:
-    """Write detections to a JSON list, entry by entry, so that any number of them needs no memory.
+class ResultsPart:
+    """The detections of one process, an entry per line, in a file of its own, so that any number of them needs no memory."""
 
-    The file appears under its name when it is closed; what was found until then is whole, whatever ends the program.
-    """
+    def __init__(self, folder: Path, rank: int):
+        self.path = part_path(folder, rank)
+        self.file = self.path.open("w")
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.unfinished = path.with_name(f"{path.name}.part")
-        self.file = self.unfinished.open("w")
-        self.file.write("[")
-        self.count = 0
-
-    def write(self, entries: list[dict]) -> None:
-        for entry in entries:
-            self.file.write(("," if self.count else "") + "\n" + json.dumps(entry))
-            self.count += 1
+    def write(self, position: int, entries: list[dict]) -> None:
+        """Write the entries of the input at this position."""
+        self.file.writelines(f"{position}\t{json.dumps(entry)}\n" for entry in entries)
 
     def close(self) -> None:
-        self.file.write("\n]\n")
         self.file.close()
-        self.unfinished.replace(self.path)
+
+
+def part_path(folder: Path, rank: int) -> Path:
+    return folder / f"predictions.json.part{rank}"
+
+
+def merge_parts(folder: Path, number: int) -> Path:
+    """Merge the parts of all processes into predictions.json, a list in the order of the inputs.
+
+    The file appears under its name when it is complete.
+    """
+    path, unfinished = folder / "predictions.json", folder / "predictions.json.unfinished"
+    parts = [part_path(folder, rank) for rank in range(number)]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(part.open()) for part in parts]
+        output = stack.enter_context(unfinished.open("w"))
+        output.write("[")
+        for count, line in enumerate(heapq.merge(*files, key=lambda line: int(line.partition("\t")[0]))):
+            output.write(("," if count else "") + "\n" + line.partition("\t")[2].rstrip())
+        output.write("\n]\n")
+    unfinished.replace(path)
+    for part in parts:
+        part.unlink()
+    return path
 
 
 class Prediction:
-    """Go through the inputs, draw what was found, and write it down."""
+    """Go through this process's share of the inputs, draw what was found, and write it down."""
 
     def __init__(self, predictor: Predictor, files: list[Path], names: dict[Path, Path], arguments: argparse.Namespace):
         self.predictor = predictor
@@ -133,15 +120,20 @@ class Prediction:
         self.batch_size = arguments.batch_size
         self.folder = Path(arguments.output)
         self.ids = image_ids(files)
-        self.images = [file for file in files if file.suffix.lower() not in VIDEO_SUFFIXES]
-        self.videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
+        self.positions = {file: position for position, file in enumerate(files)}
+        rank, number = comm.get_rank(), comm.get_world_size()
+        videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
+        self.videos = videos[rank::number]
+        self.video = import_module(".video", __package__) if videos else None  # it needs a package of its own
+        self.images = [file for file in files if file not in set(videos)][rank::number]
         self.max_pixels = predictor.cfg.INPUT.MAX_PIXELS
-        self.results = ResultsFile(self.folder / "predictions.json")
+        self.results = ResultsPart(self.folder, rank)
         self.confident = 0
         self.failed: list[str] = []
 
     def run(self) -> None:
-        progress = tqdm(total=len(self.images), unit="image", disable=not self.images)
+        quiet = not self.images or not comm.is_main_process()
+        progress = tqdm(total=len(self.images), unit="image", disable=quiet)
         for start in range(0, len(self.images), self.batch_size):
             files = self.images[start : start + self.batch_size]
             self.run_images(files)
@@ -179,13 +171,11 @@ class Prediction:
     def run_video(self, file: Path) -> None:
         path = self.folder / self.names[file]
         path.parent.mkdir(parents=True, exist_ok=True)
-        capture = cv2.VideoCapture(str(file))
-        expected, rate = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
-        capture.release()
-        writer = VideoWriter(path, rate or 25.0)
+        expected, rate = self.video.length_and_rate(file)
+        writer = self.video.VideoWriter(path, rate)
         number = 0
         try:
-            for frame in tqdm(read_frames(file), desc=file.name, total=max(0, int(expected)) or None, unit="frame"):
+            for frame in tqdm(self.video.read_frames(file), desc=file.name, total=expected or None, unit="frame"):
                 instances = self.predictor(frame)
                 confident = instances[instances.scores >= self.threshold]
                 self.keep(confident, file, frame=number)
@@ -195,9 +185,7 @@ class Prediction:
         finally:
             writer.close()
         if number < expected - 1:  # some containers count one too many
-            raise UserError(
-                f"{file} breaks off after frame {number} of {expected:.0f}; the frames up to there are done."
-            )
+            raise UserError(f"{file} breaks off after frame {number} of {expected}; the frames up to there are done.")
 
     def report(self, file: Path, error: Exception) -> None:
         text = str(error) if isinstance(error, UserError) else f"{file}: {type(error).__name__}: {error}"
@@ -206,7 +194,8 @@ class Prediction:
 
     def keep(self, instances: Instances, file: Path, **extra) -> None:
         """Write detections down, and count those above the threshold."""
-        self.results.write(as_coco(instances, self.predictor, self.ids[file], file_name=str(file), **extra))
+        entries = as_coco(instances, self.predictor, self.ids[file], file_name=str(file), **extra)
+        self.results.write(self.positions[file], entries)
         self.confident += int((instances.scores >= self.threshold).sum())
 
 
@@ -243,17 +232,31 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"--batch-size is {arguments.batch_size}: it must be 1 or more.")
     folder = output_folder(arguments.output)
     files, names = files_and_names(arguments, folder)
+    if was_launched():
+        with joined_processes(cuda=torch.cuda.is_available() and arguments.device != "cpu"):
+            return predict(files, names, folder, arguments)
+    return predict(files, names, folder, arguments)
+
+
+def predict(files: list[Path], names: dict[Path, Path], folder: Path, arguments: argparse.Namespace) -> int:
+    """Do this process's share of the work; the first process writes the result. Return the exit status."""
     options = ["INPUT.MAX_PIXELS", arguments.max_pixels] if arguments.max_pixels is not None else []
     prediction = Prediction(load_predictor(arguments, options=options), files, names, arguments)
     try:
         prediction.run()
-    finally:  # also when it is interrupted: what was found is written
+    except BaseException:  # also when it is interrupted: what was found is written
         prediction.results.close()
+        if comm.get_world_size() == 1:
+            merge_parts(folder, 1)
+        raise
+    prediction.results.close()
     done = len(prediction.images) + len(prediction.videos) - len(prediction.failed)
-    print(
-        f"{done} files, {prediction.confident} detections with a score of {arguments.score_threshold} or more: "
-        f"{prediction.results.path}"
-    )
-    if prediction.failed:
-        print(f"{len(prediction.failed)} files could not be done, see above.", file=sys.stderr)
-    return 1 if prediction.failed else 0
+    shares = comm.gather((done, prediction.confident, len(prediction.failed)))
+    if not comm.is_main_process():
+        return 0
+    path = merge_parts(folder, comm.get_world_size())
+    done, confident, failed = (sum(share) for share in zip(*shares))
+    print(f"{done} files, {confident} detections with a score of {arguments.score_threshold} or more: {path}")
+    if failed:
+        print(f"{failed} files could not be done, see above.", file=sys.stderr)
+    return 1 if failed else 0

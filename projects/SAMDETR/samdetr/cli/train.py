@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from detectron2.engine import default_setup, launch
-from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -33,6 +32,7 @@ from ..engine.output import lock_folder
 from ..engine.stops import StopRequested, is_lost_partner, pass_signals_on
 from ..errors import UserError
 from ..solver import set_float32_precision
+from .launch import joined_processes, was_launched
 
 logger = logging.getLogger("detectron2")
 
@@ -43,9 +43,7 @@ def base_config(args):
         args.config_file = find_config(args.config_file)  # detectron2 opens it to copy it into the log
         return load_config(args.config_file)
     if not args.weights:
-        raise UserError(
-            "name a config, or in --weights a checkpoint that carries one.", argument="config_file"
-        )
+        raise UserError("name a config, or in --weights a checkpoint that carries one.", argument="config_file")
     cfg = Checkpoint.read(args.weights, name="--weights").config()
     if cfg is None:
         raise UserError(
@@ -144,8 +142,7 @@ def set_up(args, cfg):
 
 def run(args):
     """Check everything, take hold of OUTPUT_DIR, and run."""
-    if "LOCAL_RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        join_slurm_job()
+    launched = was_launched()
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("With several machines, name the first one's address in --dist-url: tcp://HOST:PORT.")
     if args.dist_url != "auto" and not re.fullmatch(r"tcp://[^/]+:\d+|file:///.+|env://.*", args.dist_url):
@@ -153,40 +150,20 @@ def run(args):
     cfg = read_config(args)
     main_machine = args.machine_rank == 0 and int(os.environ.get("RANK", 0)) == 0
     with lock_folder(cfg.OUTPUT_DIR) if main_machine and not args.eval_only else contextlib.nullcontext():
-        start(args, cfg)
+        start(args, cfg, launched)
 
 
-def start(args, cfg):
+def start(args, cfg, launched):
     """Start the processes, unless torchrun or SLURM has started them, and run."""
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     if not cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # detectron2 uses NCCL wherever it sees a GPU
-    if "LOCAL_RANK" not in os.environ:
+    if not launched:
         with pass_signals_on() if args.num_gpus > 1 else contextlib.nullcontext():
             launch(work, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args, cfg))
         return
-    if cuda:  # a launcher may show each process only its own device
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # Address, rank and size come from the environment.
-    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=DEFAULT_TIMEOUT)
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-    work(args, cfg)
-    torch.distributed.destroy_process_group()
-
-
-def join_slurm_job():
-    """Translate SLURM's variables into torchrun's, for ``srun`` with one task per process."""
-    environment = os.environ
-    environment["RANK"] = environment["SLURM_PROCID"]
-    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    nodes = int(environment["SLURM_STEP_NUM_NODES"])
-    environment["LOCAL_WORLD_SIZE"] = str(int(environment["SLURM_STEP_NUM_TASKS"]) // nodes)
-    if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
-        raise UserError(
-            "In a SLURM job of several tasks, set MASTER_ADDR to the first node's name and MASTER_PORT to a free port "
-            "there, for example: export MASTER_ADDR=$(scontrol show hostnames | head -n 1) MASTER_PORT=29500"
-        )
+    with joined_processes(cuda):
+        work(args, cfg)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -182,7 +182,8 @@ def evaluate_images(
         UserError: the dataset cannot be used, has other classes or no objects; or the model detects nothing at all.
     """
     records = load_records(dataset_name, class_names)[:max_images]
-    wanted, found = {record["image_id"] for record in records}, {}
+    wanted = {record["image_id"] for record in records}
+    found: dict[int, Instances] = {}
     evaluator = build_evaluator(cfg, dataset_name, output_dir=None, tasks=("bbox",))
     if class_names is not None:
         evaluator.use_classes(class_names)

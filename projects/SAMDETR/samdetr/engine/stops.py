@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from detectron2.utils import comm
@@ -107,7 +107,7 @@ class StoppableLoader:
         StopRequested: at the end of its iteration, in every process, if any of them has received a signal.
     """
 
-    def __init__(self, loader: Iterable):
+    def __init__(self, loader: Collection):
         self.loader = loader
 
     def __len__(self) -> int:

@@ -21,7 +21,9 @@ from ..modeling.build import build_detector
 from ..solver import MovingAverage, autocast, build_optimizer
 from .evaluation import CheckedEvaluator, build_evaluator, write_results
 from .output import keep_metrics_before, merge_metrics, set_metrics_aside
+from .progress import ProgressBar
 from .stops import StoppableLoader, StopRequested, catch_signals, ignore_signals
+from .tracking import build_trackers, import_trackers
 from .train_step import TrainStep
 
 __all__ = ["Trainer", "evaluate"]
@@ -213,6 +215,8 @@ class Trainer(DefaultTrainer):
             and kept as the best.
     """
 
+    iter: int
+
     def __init__(self, cfg):
         # Replaces DefaultTrainer.__init__, because it hard-codes SimpleTrainer/AMPTrainer and a CUDA device for DDP.
         TrainerBase.__init__(self)
@@ -250,6 +254,7 @@ class Trainer(DefaultTrainer):
         self.earlier_metrics: dict[int, dict] = {}  # of a run that is resumed, by iteration
         for name in cfg.DATASETS.TEST:  # before training, so that no mistake in them comes to light hours later
             check_test_dataset(cfg, name, self.description["class_names"])
+        import_trackers(cfg)
         self.register_hooks(self.build_hooks())
 
     @property
@@ -284,8 +289,14 @@ class Trainer(DefaultTrainer):
         with autocast(cfg, next(model.parameters()).device):
             return super().test(cfg, model, evaluators)
 
+    def build_writers(self):
+        """Return detectron2's writers (console, metrics.json, TensorBoard), and those of the trackers that the config names."""
+        return [*super().build_writers(), *build_trackers(self.cfg)]
+
     def build_hooks(self):
         cfg = self.cfg
+        # With several datasets, detectron2 names each result after its dataset. The first one decides.
+        metric = "bbox/AP" if len(cfg.DATASETS.TEST) < 2 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
         result = [hooks.IterationTimer(), hooks.LRScheduler(), WriteEpoch()]
         if self.average is not None:
             result.append(UpdateAverage())
@@ -299,8 +310,6 @@ class Trainer(DefaultTrainer):
                 best = CheckedCheckpointer(
                     self.evaluated_model, cfg.OUTPUT_DIR, complete=False, description=self.description
                 )
-                # With several datasets, detectron2 names each result after its dataset. The first one decides.
-                metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
                 result.append(KeepBest(best, cfg.TEST.EVAL_PERIOD, metric))
             if cfg.SOLVER.PATIENCE and cfg.TEST.EVAL_PERIOD:
                 keep_best = result[-1] if comm.is_main_process() else None
@@ -309,6 +318,8 @@ class Trainer(DefaultTrainer):
             result.append(
                 WriteMetrics(self.build_writers, cfg.OUTPUT_DIR, cfg.TEST.EVAL_PERIOD if cfg.DATASETS.TEST else 0)
             )
+            if ProgressBar.is_wanted():
+                result.append(ProgressBar(metric))
         return result
 
     def _evaluate(self) -> dict:
@@ -352,6 +363,7 @@ class Trainer(DefaultTrainer):
         """
         # Replaces TrainerBase.train, which logs a traceback of every error, also of those that are explained in a line.
         logger.info("Starting training from iteration %d", self.start_iter)
+        logger.info("Losses and AP go to metrics.json, and to TensorBoard's files, in %s.", self.cfg.OUTPUT_DIR)
         with EventStorage(self.start_iter) as self.storage, catch_signals():
             self.iter = self.start_iter - 1  # the last finished step
             try:
@@ -521,7 +533,7 @@ def evaluate(cfg) -> dict:
         UserError: the checkpoint or a dataset cannot be used, or they have different classes.
     """
     checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS)
-    class_names = checkpoint and checkpoint.class_names
+    class_names = checkpoint.class_names if checkpoint else None
     for name in cfg.DATASETS.TEST:
         check_test_dataset(cfg, name, class_names)
     model = Trainer.build_model(cfg)

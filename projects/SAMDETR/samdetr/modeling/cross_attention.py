@@ -95,8 +95,9 @@ class DotProductAttention(nn.Module):
         """Attend to one level; see :data:`CROSS_ATTENTION_REGISTRY`."""
         level = levels[index]
         v = self.split_heads(self.value(level.features))
-        q, k, *rest = self.logit_terms(query, level)
-        return self.output(attend(q, k, v, *rest, kernels=self.kernels).transpose(1, 2).flatten(2))
+        q, k, padding_mask, bias_x, bias_y = self.logit_terms(query, level)
+        attended = attend(q, k, v, padding_mask, bias_x, bias_y, kernels=self.kernels)
+        return self.output(attended.transpose(1, 2).flatten(2))
 
     def attention_weights(self, query: AlignedQuery, level: FeatureLevel) -> Tensor:
         """Return the attention weight of every pixel, by head and query: (B, M, Q, N) float32, zero at padded pixels."""
@@ -119,7 +120,8 @@ class DotProductAttention(nn.Module):
         parts = []
         for axis, length in enumerate((width, height)):
             pixel = torch.arange(length, dtype=torch.float32, device=centre.device) + 0.5
-            distance = query.gaussian_scales[..., axis, None] * (pixel - centre[..., axis, None])
+            scale = query.gaussian_scales[..., axis, None]  # type: ignore[index] # there, since needs_scales is True
+            distance = scale * (pixel - centre[..., axis, None])
             parts.append((-distance.square() / self.gaussian_beta).transpose(1, 2))
         return parts[0], parts[1]
 

@@ -58,8 +58,8 @@ def points_in_padded_maps(points: Tensor, levels: list[FeatureLevel]) -> Tensor:
     for level in levels:
         size = upload(level.size, points.device, torch.float32)
         ratios.append((level.valid_size / size).flip(-1))
-    ratios = torch.stack(ratios, dim=1)[(slice(None), *[None] * (points.dim() - 2))]  # (B, 1, ..., V, 2)
-    return points[..., None, :] * ratios
+    stacked = torch.stack(ratios, dim=1)  # (B, V, 2)
+    return points[..., None, :] * stacked.view(-1, *[1] * (points.dim() - 2), len(levels), 2)
 
 
 def pixel_points(levels: list[FeatureLevel]) -> Tensor:

@@ -81,7 +81,9 @@ class HungarianMatcher:
         finite = finite.all(2).all(0)  # (B,)
         numbers = torch.cat([costs.flatten(), finite]).cpu().numpy()
         costs, finite = numbers[:-num_images].reshape(costs.shape), numbers[-num_images:].astype(bool).tolist()
-        images, queries, matched = [], [[] for _ in range(num_layers)], [[] for _ in range(num_layers)]
+        images: list[int] = []
+        queries: list[list[int]] = [[] for _ in range(num_layers)]
+        matched: list[list[int]] = [[] for _ in range(num_layers)]
         first_box = 0
         for image, target in enumerate(targets):
             block = costs[first_box : first_box + len(target)]

@@ -54,7 +54,8 @@ class LearnedQueryGenerator(nn.Module):
         self.num_queries = num_queries
         self.dim = dim
         self.selection = selection
-        self.reference_logits = nn.Parameter(torch.randn(num_queries, 4)) if selection is None else None
+        if selection is None:
+            self.reference_logits = nn.Parameter(torch.randn(num_queries, 4))
 
     @classmethod
     def from_config(cls, cfg):

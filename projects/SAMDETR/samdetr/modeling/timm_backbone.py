@@ -16,7 +16,7 @@ from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
-from ..errors import UserError, did_you_mean, one_line
+from ..errors import UserError, did_you_mean, import_extra, one_line
 
 __all__ = ["TimmBackbone", "build_timm_backbone", "build_timm_fpn_backbone"]
 
@@ -60,12 +60,12 @@ class TimmBackbone(Backbone):
                 size only, or the weights cannot be loaded.
         """
         super().__init__()
-        timm = _import("timm", "timm")
+        timm = import_extra("timm", "timm")
         if not timm.is_model(name):
             raise UserError(f"timm {timm.__version__} has no network {name!r}.{did_you_mean(name, timm.list_models())}")
         self.network = _create(timm, name, _pretrained_options(timm, name, weights))
         if freeze_norm:
-            self.network = _import("timm.utils.model", "timm").freeze_batch_norm_2d(self.network)
+            self.network = import_extra("timm.utils.model", "timm").freeze_batch_norm_2d(self.network)
         self.channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
         for module in self.network.modules():
             if type(module).__name__ == "Conv2dSame":  # images are padded to a multiple of every stride
@@ -113,13 +113,6 @@ class TimmBackbone(Backbone):
                 parameter.requires_grad_(False)
 
 
-def _import(module: str, package: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"This needs a package: pip install {package} ({error}).") from error
-
-
 def _create(timm, name: str, options: dict) -> nn.Module:
     for any_size in _ANY_SIZE:
         try:
@@ -150,7 +143,7 @@ def _pretrained_options(timm, name: str, weights: str) -> dict[str, Any]:
         network, holder = _PACKAGES[weights]
         if name.split(".")[0] != network:
             raise UserError(f"The weights in {weights} are those of {network}, not of {name}.")
-        package = _import(weights.replace("-", "_"), weights)
+        package = import_extra(weights.replace("-", "_"), weights)
         path = getattr(package, holder).get_model_file_path()
         state = _in_order(timm, network, path)
     else:

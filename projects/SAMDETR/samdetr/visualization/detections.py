@@ -1,14 +1,18 @@
 """Draw detections and ground truth with detectron2's Visualizer."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from detectron2.data import Metadata
 from detectron2.structures import Instances
-from detectron2.utils.visualizer import ColorMode, Visualizer
 
 from ..data.images import open_picture
+from ..errors import import_extra
 from .text import as_drawn
+
+if TYPE_CHECKING:
+    from detectron2.utils.visualizer import Visualizer
 
 __all__ = ["draw_annotations", "draw_beside_truth", "draw_detections", "draw_pairs"]
 
@@ -16,7 +20,10 @@ __all__ = ["draw_annotations", "draw_beside_truth", "draw_detections", "draw_pai
 _SHORTEST_SIDE, _LONGEST_SIDE = 256, 1024
 
 
-def _visualizer(image: np.ndarray, class_names: Sequence[str]) -> Visualizer:
+def _visualizer(image: np.ndarray, class_names: Sequence[str]) -> "Visualizer":
+    import_extra("cv2", "opencv-python-headless")  # which detectron2's drawing needs
+    from detectron2.utils.visualizer import ColorMode, Visualizer
+
     metadata = Metadata().set(thing_classes=[as_drawn(name) for name in class_names])
     height, width = image.shape[:2]
     scale = max(1.0, min(_SHORTEST_SIDE / min(height, width), _LONGEST_SIDE / max(height, width)))
