@@ -1,14 +1,12 @@
 """Turn detections into the objects of other tools: supervision's and FiftyOne's. Each is imported when it is first needed."""
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from detectron2.structures import Instances
 
-from .errors import UserError
+from .errors import import_extra
 
 __all__ = ["to_fiftyone", "to_supervision"]
 
@@ -27,7 +25,7 @@ def to_supervision(instances: Instances, class_names: Sequence[str]) -> Any:
     Raises:
         UserError: supervision is not installed.
     """
-    supervision = _import("supervision")
+    supervision = import_extra("supervision", "supervision")
     classes = instances.pred_classes.cpu().numpy()
     return supervision.Detections(
         xyxy=instances.pred_boxes.tensor.cpu().numpy(),
@@ -50,7 +48,7 @@ def to_fiftyone(instances: Instances, class_names: Sequence[str]) -> Any:
     Raises:
         UserError: FiftyOne is not installed.
     """
-    fiftyone = _import("fiftyone")
+    fiftyone = import_extra("fiftyone", "fiftyone")
     height, width = instances.image_size
     corners = (instances.pred_boxes.tensor.cpu().double().numpy() / (width, height, width, height)).clip(0, 1)
     boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
@@ -60,10 +58,3 @@ def to_fiftyone(instances: Instances, class_names: Sequence[str]) -> Any:
             for i, box, score in zip(instances.pred_classes.tolist(), boxes.tolist(), instances.scores.tolist())
         ]
     )
-
-
-def _import(package: str) -> ModuleType:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(f"This needs a package: pip install {package} ({error}).") from error

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, import_extra
 from .modeling.postprocessing import best_pairs
 from .predictor import Predictor
 
@@ -168,11 +168,7 @@ def onnx_to_openvino(
     Raises:
         UserError: a package is missing.
     """
-    try:
-        import onnx
-        import openvino
-    except ImportError as error:
-        raise UserError(f"Exporting to OpenVINO needs a package: pip install onnx openvino ({error}).") from error
+    onnx, openvino = import_extra("onnx", "onnx"), import_extra("openvino", "openvino")
     # OpenVINO's runtime reads ONNX by itself; its converter for other formats would send usage data over the network.
     model = openvino.Core().read_model(str(source))
     graph = onnx.load(str(source), load_external_data=False)
@@ -201,10 +197,7 @@ def _nodes_below(graph, modules: Sequence[str]) -> set[str]:
 def _quantized(model, calibration: Sequence[np.ndarray], kept_float: set[str]):
     """Quantise an OpenVINO model to 8 bits after training, but for the operations that come from the named ONNX nodes."""
     os.environ.setdefault("NNCF_CI", "1")  # otherwise it sends usage data over the network
-    try:
-        import nncf
-    except ImportError as error:
-        raise UserError(f"Quantising to 8 bits needs a package: pip install nncf ({error}).") from error
+    nncf = import_extra("nncf", "nncf")
     names = [operation.get_friendly_name() for operation in model.get_ops()]
     return nncf.quantize(
         model,

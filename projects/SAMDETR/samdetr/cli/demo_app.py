@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from detectron2.structures import Instances
 
-from ..errors import UserError
+from ..errors import UserError, import_extra
 from ..predictor import Predictor, read_image
 from ..visualization import draw_attention, draw_detections
 from .attention import describe, look_at
@@ -120,10 +120,7 @@ def build_page(predictor: Predictor):
         UserError: gradio is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which reads it
-    try:
-        import gradio
-    except ImportError as error:
-        raise UserError(f"The page needs a package: pip install gradio ({error}).") from error
+    gradio = import_extra("gradio", "gradio")
 
     page = Page(predictor)
     with gradio.Blocks(title="SAM-DETR++", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
