@@ -83,7 +83,7 @@ def test_attention_that_a_model_does_not_expose_is_said_so(predictor, picture, m
     assert page.click(detected, 384, middle, 0.0) == (None, "does not expose its attention weights")
 
 
-def test_an_address_that_cannot_be_used_is_refused_before_the_model_is_loaded(monkeypatch):
+def test_an_address_that_cannot_be_used_is_refused_before_the_model_is_loaded():
     def run(*arguments):
         with pytest.raises(SystemExit) as ended:
             main(["demo-app", "--weights", "no.pth", *map(str, arguments)])
@@ -91,7 +91,7 @@ def test_an_address_that_cannot_be_used_is_refused_before_the_model_is_loaded(mo
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert f"error: --port: 127.0.0.1:{port} cannot be used (Address already in use" in run("--port", port)
+        assert f"error: --port: 127.0.0.1:{port} cannot be used (Address already in use): name another port" in run("--port", port)
     assert "error: --port: 127.0.0.1:70000 cannot be used" in run("--port", 70000)
     assert "error: --host: no.such.host.invalid is no address" in run("--host", "no.such.host.invalid")
 

@@ -4,6 +4,7 @@ import ast
 import copy
 import inspect
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -198,6 +199,7 @@ def _quantized(model, calibration: Sequence[np.ndarray], kept_float: set[str]):
     """Quantise an OpenVINO model to 8 bits after training, but for the operations that come from the named ONNX nodes."""
     os.environ.setdefault("NNCF_CI", "1")  # otherwise it sends usage data over the network
     nncf = import_extra("nncf", "nncf")
+    logging.getLogger("nncf").setLevel(logging.WARNING)  # it lists every operation that it leaves as it is
     names = [operation.get_friendly_name() for operation in model.get_ops()]
     return nncf.quantize(
         model,

@@ -105,11 +105,12 @@ def check_address(host: str, port: int) -> None:
         UserError: the port is in use or out of range, or the host is none of this machine.
     """
     try:
+        socket.getaddrinfo(host, None)
         socket.create_server((host, port)).close()
     except socket.gaierror as error:
         raise UserError(f"{host} is no address of this machine ({error.strerror}).", argument="host") from error
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = os.strerror(error.errno) if isinstance(error, OSError) else error
         raise UserError(f"{host}:{port} cannot be used ({reason}): name another port.", argument="port") from error
 
 
