@@ -91,7 +91,9 @@ def test_an_address_that_cannot_be_used_is_refused_before_the_model_is_loaded():
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert f"error: --port: 127.0.0.1:{port} cannot be used (Address already in use): name another port" in run("--port", port)
+        assert f"error: --port: 127.0.0.1:{port} cannot be used (Address already in use): name another port" in run(
+            "--port", port
+        )
     assert "error: --port: 127.0.0.1:70000 cannot be used" in run("--port", 70000)
     assert "error: --host: no.such.host.invalid is no address" in run("--host", "no.such.host.invalid")
 
