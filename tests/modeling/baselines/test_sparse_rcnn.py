@@ -99,9 +99,8 @@ def test_boxes_pass_no_gradient_from_stage_to_stage():
     proposals = LearnedProposals(num_proposals=3, dim=16)
     pyramid = [torch.randn(1, 16, 8, 10)], torch.tensor([[64.0, 80.0]])
     predictions = decoder(proposals.features[None], proposals.boxes, pyramid)
-    first = torch.autograd.grad(predictions.boxes[0].sum(), proposals.boxes, retain_graph=True)
-    second = torch.autograd.grad(predictions.boxes[1].sum(), proposals.boxes, retain_graph=True)
-    assert first[0].any() and not second[0].any()
+    gradients = [torch.autograd.grad(boxes.sum(), proposals.boxes, retain_graph=True)[0] for boxes in predictions.boxes]
+    assert gradients[0].any() and not gradients[1].any()
     (gradient,) = torch.autograd.grad(predictions.boxes[1].sum(), proposals.features)
     assert gradient.any()
 

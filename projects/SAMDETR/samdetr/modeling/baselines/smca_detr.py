@@ -187,9 +187,10 @@ class SpatiallyModulatedAttention(nn.Module):
     SMCA defines it.
 
     Of a query o with centre c, head i attends to level j by ``C_ij = softmax(q k / sqrt(C / M) + log G_ij) v``, with
-    ``log G_ij = -(s_x^2 (x - c_x - d_x)^2 + s_y^2 (y - c_y - d_y)^2) / beta`` at the pixel (x, y), and offsets d and scales s
-    linear in o. The levels' results are averaged with the weights ``softmax(linear(o))``. Here s is the reciprocal of the
-    paper's scale, so that no scale is infinitely narrow. Pixels are those of the finest level, in every level.
+    ``log G_ij = -(s_x^2 (x - c_x - d_x)^2 + s_y^2 (y - c_y - d_y)^2) / beta`` at the pixel (x, y), and offsets d and
+    scales s linear in o. The levels' results are averaged with the weights ``softmax(linear(o))``. Here s is the
+    reciprocal of the paper's scale, so that no Gaussian is infinitely narrow. Pixels are those of the finest level, in
+    every level.
     """
 
     def __init__(self, *, dim: int, num_heads: int, num_levels: int, gaussian_beta: float, dropout: float):
