@@ -35,6 +35,16 @@ DEMO = ["scikit-learn", "opencv-python-headless"]  # the embedded dataset; detec
 
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 
+OPENVINO = ["nncf", "onnx", "onnxscript", "openvino"]  # nncf quantises to 8 bits
+
+SUPERVISION = ["supervision"]
+
+FIFTYONE = ["fiftyone"]
+
+OBJECT_TRACKING = ["supervision", "trackers"]  # ByteTrack
+
+APP = ["gradio"]  # the page in the browser
+
 TIMM = ["timm"]  # its networks as backbones
 
 COMPLETION = ["shtab"]  # of the command in a shell
@@ -78,6 +88,11 @@ setup(
     extras_require={
         "demo": DEMO,
         "export": EXPORT,
+        "openvino": OPENVINO,
+        "supervision": SUPERVISION,
+        "fiftyone": FIFTYONE,
+        "tracking": OBJECT_TRACKING,
+        "app": APP,
         "timm": TIMM,
         "completion": COMPLETION,
         "wandb": WANDB,
@@ -98,9 +113,11 @@ setup(
             "mypy",
             "playwright",
             "nbclient",
+            "openvino",
             "pytest",
             "pytest-xdist",
             "ruff",
+            "supervision",
         ],
     },
 )

@@ -47,6 +47,11 @@ ABLATIONS = [
 ]
 
 
+OTHER_DETECTORS = [
+    *("smca_detr_R_50", "smca_detr_R_50_DC5", "smca_detr_pp_R_50", "anchor_detr_R_50_DC5", "sparse_rcnn_R_50_FPN"),
+]
+
+
 EXPERIMENTS = sorted(
     path.stem for path in (ROOT / "tools" / "experiments" / "configs").glob("*.yaml") if path.stem != "Base-Experiment"
 )
@@ -76,7 +81,7 @@ def test_every_config_is_known():
     bccd = {path.stem for path in (ROOT / "configs" / "bccd").glob("*.yaml")}
     assert bccd == {"Base-BCCD", *BCCD}
     baselines = {path.stem for path in (ROOT / "configs" / "baselines").glob("*.yaml")} - {"Base-Detectron2"}
-    assert baselines == {f"{name}_1x" for name in (*DETECTRON2_BASELINES, *TRANSFORMERS_BASELINES)}
+    assert baselines == {f"{name}_1x" for name in (*DETECTRON2_BASELINES, *TRANSFORMERS_BASELINES, *OTHER_DETECTORS)}
     ablations = {path.stem for path in (ROOT / "configs" / "ablations").glob("*.yaml")}
     assert ablations == {f"{name}_1x" for name in ABLATIONS}
 
@@ -153,7 +158,10 @@ def train_two_steps(cfg, label=7):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [*(f"baselines/{name}" for name in (*DETECTRON2_BASELINES, "deformable_detr_R_50")), "ablations/deformable_R_50"],
+    [
+        *(f"baselines/{name}" for name in (*DETECTRON2_BASELINES, "deformable_detr_R_50", *OTHER_DETECTORS)),
+        "ablations/deformable_R_50",
+    ],
 )
 def test_baselines_train_and_evaluate(name):
     # Without pretrained weights, frozen norms would let the activations grow from block to block.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Run an exported model on an image. Needs numpy, Pillow, and onnxruntime (.onnx) or torch (.pt2), and nothing else.
+"""Run an exported model on an image. Needs numpy, Pillow, and onnxruntime (.onnx), openvino (.xml) or torch (.pt2).
 
     tools/run_exported.py --model model.onnx --input street.jpg --output detections.png
 
@@ -25,6 +25,16 @@ def open_model(path: Path) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]
         names = [output.name for output in session.get_outputs()]
         description = session.get_modelmeta().custom_metadata_map["samdetr"]
         return lambda images: dict(zip(names, session.run(names, {"images": images}))), json.loads(description)
+    if path.suffix.lower() == ".xml":
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(str(path))
+        description = model.get_rt_info("samdetr").astype(str)
+        compiled = core.compile_model(model)
+        return lambda images: {
+            output.any_name: values for output, values in compiled({"images": images}).items()
+        }, json.loads(description)
     import torch
 
     extra = {"samdetr.json": ""}
@@ -59,8 +69,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="image with the detections drawn")
     parser.add_argument("--score-threshold", type=float, default=0.3)
     arguments = parser.parse_args()
-    if arguments.model.suffix.lower() not in (".onnx", ".pt2"):
-        sys.exit(f"error: --model {arguments.model}: name a file of tools/export_model.py, .onnx or .pt2.")
+    if arguments.model.suffix.lower() not in (".onnx", ".xml", ".pt2"):
+        sys.exit(f"error: --model {arguments.model}: name a file of tools/export_model.py, .onnx, .xml or .pt2.")
     for option, path in (("--model", arguments.model), ("--input", arguments.input)):
         if not path.is_file():
             sys.exit(f"error: {option} {path}: there is no such file.")
@@ -74,7 +84,7 @@ def main() -> None:
         model, description = open_model(arguments.model)
     except ImportError as error:
         sys.exit(f"error: {error}: install it, for example pip install onnxruntime.")
-    except Exception as error:  # the two runtimes' errors have no common base
+    except Exception as error:  # the runtimes' errors have no common base
         sys.exit(f"error: --model {arguments.model} is no file of tools/export_model.py ({type(error).__name__}).")
     found = model(prepare(image, description))
     drawing = ImageDraw.Draw(image)

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import itertools
 import json
 import os
 import re
@@ -281,6 +282,43 @@ def test_videos(tool, run_folder, tmp_path):
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 5 and capture.get(cv2.CAP_PROP_FPS) == 10
     detections = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert {d["frame"] for d in detections} == set(range(5))
+
+
+@pytest.mark.slow
+def test_objects_are_followed_through_a_video(tool, run_folder, tmp_path):
+    """What is found keeps its number and nearly its place while the picture moves by two pixels per frame."""
+    import cv2
+
+    pytest.importorskip("trackers", reason="needs: pip install trackers")
+    picture = Image.open(Path(os.environ["DETECTRON2_DATASETS"]) / "samdetr_digits_v1" / "val" / "000001.jpg")
+    writer = cv2.VideoWriter(str(tmp_path / "film.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (128, 128))
+    for i in range(5):
+        writer.write(np.roll(np.asarray(picture), 2 * i, axis=1))
+    writer.release()
+    weights = ["--weights", run_folder / "model_final.pth", "--output", tmp_path / "out"]
+    status, _ = tool("predict", *weights, "--input", tmp_path / "film.mp4", "--track", "--score-threshold", 0)
+    assert status == 0 and (tmp_path / "out" / "film.mp4").exists()
+    frames = [{} for _ in range(5)]
+    for entry in json.loads((tmp_path / "out" / "predictions.json").read_text()):
+        assert (entry["track_id"] is None) or entry["frame"] > 0
+        if entry["track_id"] is not None:
+            assert entry["track_id"] not in frames[entry["frame"]]  # once per frame
+            x, y, width, height = entry["bbox"]
+            frames[entry["frame"]][entry["track_id"]] = (x + width / 2, y + height / 2)
+    assert not frames[0] and len(frames[1]) > 10
+    followed = [number for number in frames[1] if all(number in frame for frame in frames[2:])]
+    assert len(followed) > len(frames[1]) / 2
+    for before, after in itertools.pairwise(frames):
+        assert all(np.abs(np.subtract(after[number], before[number])).max() < 10 for number in followed)
+
+
+def test_what_track_needs_is_said_before_anything_is_done(tool, pictures, tmp_path, monkeypatch):
+    arguments = ["--weights", "no.pth", "--input", pictures, "--track", "--output", tmp_path / "out"]
+    status, _ = tool("predict", *arguments)
+    assert status.startswith("error: --input: --track follows the objects of videos, and there is none")
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    status, _ = tool("predict", *arguments[:-1], tmp_path / "other")
+    assert "pip install trackers" in status and not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow

@@ -273,7 +273,7 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # with the attention of other detectors: MultiHeadCrossAttention, SMCAMultiHeadCrossAttention, ConditionalCrossAttention,
     # DeformableCrossAttention (all levels in every layer).
     node.CROSS_ATTENTION.NAME = "CrossAttention"
-    # SMCA only. Divisor of the Gaussian's squared distances, in squared pixels of the feature map.
+    # SMCA and SMCADETR only. Divisor of the Gaussian's squared distances, in squared pixels of the (finest) feature map.
     node.CROSS_ATTENTION.GAUSSIAN_BETA = 8.0
     # DeformableCrossAttention and TransformersDETR only. Points that each head samples in each level.
     node.CROSS_ATTENTION.NUM_POINTS = 4

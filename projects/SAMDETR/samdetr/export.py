@@ -1,24 +1,39 @@
-"""Export the model as a graph of plain operations, to ONNX or ``torch.export``, for any batch and image size."""
+"""Export the model as a graph of plain operations, to ONNX, OpenVINO or ``torch.export``, for any batch and image size."""
 
+import ast
 import copy
 import inspect
 import json
-from collections.abc import Callable
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, import_extra
 from .modeling import SAMDETR
 from .modeling.postprocessing import best_pairs
 from .predictor import Predictor
 
-__all__ = ["ExportableModel", "describe", "export", "open_exported", "trace"]
+__all__ = [
+    "PRECISIONS",
+    "ExportableModel",
+    "describe",
+    "export",
+    "fit_size",
+    "onnx_to_openvino",
+    "open_exported",
+    "trace",
+]
 
+PRECISIONS = ("float32", "float16", "int8")  # of an OpenVINO file
 _OUTPUT_NAMES = ("boxes", "scores", "classes")
 _SMALLEST_SIDE = 64  # of an image, in pixels
+_KEPT_FLOAT = ("model.decoder",)  # modules that are not quantised
 
 
 class ExportableModel(nn.Module):
@@ -99,17 +114,25 @@ def trace(predictor: Predictor, size: tuple[int, int] = (480, 640)) -> torch.exp
         )
 
 
-def export(predictor: Predictor, program: torch.export.ExportedProgram, path: str | Path) -> None:
+def export(
+    predictor: Predictor,
+    program: torch.export.ExportedProgram,
+    path: str | Path,
+    precision: str = "float32",
+    calibration: Sequence[np.ndarray] = (),
+) -> None:
     """Write a traced model to a file that runs without this project.
 
     Args:
         predictor: the model, for the file's description.
         program: of :func:`trace`.
-        path: ending in ``.onnx`` for ONNX, or in ``.pt2`` for ``torch.export``. The file carries :func:`describe` as JSON:
-            ONNX in its metadata as "samdetr", ``torch.export`` in its extra file "samdetr.json".
+        path: ending in ``.onnx`` for ONNX, in ``.xml`` for OpenVINO (a ``.bin`` with the weights lies beside it), or in
+            ``.pt2`` for ``torch.export``. The file carries :func:`describe` as JSON: ONNX in its metadata and OpenVINO in its
+            runtime information as "samdetr", ``torch.export`` in its extra file "samdetr.json".
+        precision, calibration: of OpenVINO files, see :func:`onnx_to_openvino`.
 
     Raises:
-        UserError: the ending is neither, or a package that ONNX needs is missing.
+        UserError: the ending is none of these, or a package that it needs is missing.
     """
     path, description = Path(path), json.dumps(describe(predictor))
     if path.suffix.lower() == ".pt2":
@@ -123,12 +146,93 @@ def export(predictor: Predictor, program: torch.export.ExportedProgram, path: st
             raise UserError(f"Exporting to ONNX needs a package: pip install onnx onnxscript ({error}).") from error
         exported.model.metadata_props["samdetr"] = description
         exported.save(path)
+    elif path.suffix.lower() == ".xml":
+        with tempfile.TemporaryDirectory() as folder:
+            export(predictor, program, Path(folder, "model.onnx"))
+            onnx_to_openvino(Path(folder, "model.onnx"), path, precision, calibration)
     else:
-        raise UserError(f"{path}: name a file that ends in .onnx (ONNX) or .pt2 (torch.export).", argument="output")
+        raise UserError(
+            f"{path}: name a file that ends in .onnx (ONNX), .xml (OpenVINO) or .pt2 (torch.export).", argument="output"
+        )
+
+
+def onnx_to_openvino(
+    source: str | Path, path: str | Path, precision: str = "float32", calibration: Sequence[np.ndarray] = ()
+) -> None:
+    """Convert an ONNX file of :func:`export` to OpenVINO's format.
+
+    Args:
+        source: the ONNX file.
+        path: ending in ``.xml``; a ``.bin`` of the same name is written beside it.
+        precision: one of :data:`PRECISIONS`. With "float16", weights are kept in half precision; with "int8", weights and
+            activations of the backbone and the encoder are quantised to 8 bits, and other weights kept in half precision.
+        calibration: images (B, 3, H, W) as in :class:`ExportableModel`, on which the activations' ranges are measured for
+            "int8".
+
+    Raises:
+        UserError: a package is missing.
+    """
+    onnx, openvino = import_extra("onnx", "onnx"), import_extra("openvino", "openvino")
+    # OpenVINO's runtime reads ONNX by itself; its converter for other formats would send usage data over the network.
+    model = openvino.Core().read_model(str(source))
+    graph = onnx.load(str(source), load_external_data=False)
+    if precision == "int8":
+        model = _quantized(model, calibration, _nodes_below(graph, _KEPT_FLOAT))
+    description = next(entry.value for entry in graph.metadata_props if entry.key == "samdetr")
+    model.set_rt_info(description, "samdetr")
+    openvino.save_model(model, str(path), compress_to_fp16=precision != "float32")
+
+
+def _nodes_below(graph, modules: Sequence[str]) -> set[str]:
+    """Return the names of an ONNX model's nodes that were traced inside modules, named by their paths in the model."""
+    return {
+        node.name
+        for node in graph.graph.node
+        for entry in node.metadata_props
+        if entry.key == "pkg.torch.onnx.name_scopes"
+        and any(
+            scope == module or scope.startswith(f"{module}.")
+            for scope in ast.literal_eval(entry.value)
+            for module in modules
+        )
+    }
+
+
+def _quantized(model, calibration: Sequence[np.ndarray], kept_float: set[str]):
+    """Quantise an OpenVINO model to 8 bits after training, but for the operations that come from the named ONNX nodes."""
+    os.environ.setdefault("NNCF_CI", "1")  # otherwise it sends usage data over the network
+    nncf = import_extra("nncf", "nncf")
+    logging.getLogger("nncf").setLevel(logging.WARNING)  # it lists every operation that it leaves as it is
+    names = [operation.get_friendly_name() for operation in model.get_ops()]
+    return nncf.quantize(
+        model,
+        nncf.Dataset([{"images": images} for images in calibration]),
+        subset_size=len(calibration),
+        model_type=nncf.ModelType.TRANSFORMER,
+        # What an ONNX node becomes may carry a suffix after "/".
+        ignored_scope=nncf.IgnoredScope(names=[name for name in names if name.split("/")[0] in kept_float]),
+    )
+
+
+def fit_size(images: Tensor, description: dict) -> Tensor:
+    """Resize images to the nearest size that an exported file takes.
+
+    Args:
+        images: (B, 3, H, W) in 0 to 255, in the size of evaluation.
+        description: from :func:`describe`.
+
+    Returns:
+        (B, 3, H', W') float32; H' and W' are multiples of ``size_divisibility`` and at least ``smallest_side``.
+    """
+    divisor = max(1, description["size_divisibility"])
+    smallest = -(-description["smallest_side"] // divisor) * divisor
+    size = [max(smallest, round(side / divisor) * divisor) for side in images.shape[2:]]
+    images = images.float()
+    return images if size == list(images.shape[2:]) else nn.functional.interpolate(images, size, mode="bilinear")
 
 
 def open_exported(path: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Open a file of :func:`export`.
+    """Open a file of :func:`export` on the CPU.
 
     Returns:
         A function that maps images (B, 3, H, W) float32, as in :class:`ExportableModel`, to its outputs by name.
@@ -139,6 +243,17 @@ def open_exported(path: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarr
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         return lambda images: dict(zip(_OUTPUT_NAMES, session.run(list(_OUTPUT_NAMES), {"images": images})))
+    if path.suffix.lower() == ".xml":
+        import openvino
+
+        # Not what the processor computes fastest, such as bfloat16, which would hide what the file itself loses.
+        compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+        def infer(images: np.ndarray) -> dict[str, np.ndarray]:
+            outputs = compiled({"images": images})
+            return {name: outputs[name] for name in _OUTPUT_NAMES}
+
+        return infer
     module = torch.export.load(path).module()
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:

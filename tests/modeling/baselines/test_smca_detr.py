@@ -32,7 +32,7 @@ def make_attention(num_levels, beta=8.0):
 
 
 def plain_attention(module, query, centres, levels):
-    """Equations 4 to 9, pixel by pixel."""
+    """The definition, pixel by pixel."""
     result = torch.zeros_like(query)
     heads, width = module.num_heads, query.shape[-1] // module.num_heads
     keys = [module.key(level.features + level.position) for level in levels]

@@ -22,13 +22,14 @@ COMMANDS = {
     "report": "write one HTML page about a run",
     "attention": "draw keypoints and attention of a trained model",
     "export": "export a trained model to ONNX or torch.export",
+    "demo-app": "show detections and attention on a page in the browser",
     "benchmark": "measure time and memory of configs",
 }
 
 
 def add_command(parser: argparse.ArgumentParser, name: str) -> None:
     """Add a command's description and arguments to a parser."""
-    module = importlib.import_module(f".{name}", __name__)
+    module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
     parser.description = module.__doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)

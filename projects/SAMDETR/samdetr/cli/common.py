@@ -23,7 +23,17 @@ SCORE_THRESHOLD = 0.3  # low, because scores of focal loss are lower than a soft
 _OPTIONS = {
     **{
         name: f"--{name.replace('_', '-')}"
-        for name in ("class_names", "config_file", "device", "input", "max_pixels", "output")
+        for name in (
+            "calibration",
+            "class_names",
+            "config_file",
+            "device",
+            "host",
+            "input",
+            "max_pixels",
+            "output",
+            "port",
+        )
     },
     **{"published": "--published", "size": "--size", "source": "--weights"},
 }

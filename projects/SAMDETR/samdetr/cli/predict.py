@@ -4,12 +4,16 @@
     samdetr predict --weights model_final.pth --input street.jpg holiday/ film.mp4 --output predictions
     samdetr predict --weights bare.pth --config-file configs/sam_detr_pp_smca_R_50_1x.yaml --input street.jpg \\
         --output predictions
+    samdetr predict --weights model_final.pth --input film.mp4 --track --output predictions
 
 The output folder gets a drawing of every input under its own name, and predictions.json, a list in the format of COCO's
 results: every detection, even below the threshold, with ``image_id`` (the file's number if all files are named by numbers,
 else 1, 2, ... in the order of the inputs), ``file_name``, ``category_id`` (the training dataset's own id), ``bbox`` (x, y,
 width, height in pixels), ``score``, and for videos ``frame``; of videos, only what is above the threshold. A file that
 cannot be read is reported, the others are done all the same, and the exit status is 1.
+
+With --track (pip install trackers), entries of videos have ``track_id``, which is the same for one object in all frames of a
+video, and null for what is in no track, as an object in the first frame that shows it; drawings show it as #0, #1, ...
 
 Started by torchrun or srun, the processes share the inputs, and write one result:
 
@@ -31,7 +35,8 @@ from detectron2.utils import comm
 from PIL import Image
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, import_extra
+from ..object_tracking import ObjectTracker
 from ..predictor import Predictor, list_images, read_image
 from ..visualization import draw_detections
 from .common import (
@@ -61,6 +66,9 @@ def as_coco(instances: Instances, predictor: Predictor, image_id: int, **extra) 
     for entry in entries:
         entry["category_id"] = predictor.category_ids[entry["category_id"]]
         entry.update(extra)
+    if instances.has("track_ids"):
+        for entry, number in zip(entries, instances.track_ids.tolist()):
+            entry["track_id"] = number if number >= 0 else None
     return entries
 
 
@@ -117,6 +125,7 @@ class Prediction:
         self.names = names
         self.threshold = arguments.score_threshold
         self.draw = not arguments.no_drawings
+        self.track = arguments.track
         self.batch_size = arguments.batch_size
         self.folder = Path(arguments.output)
         self.ids = image_ids(files)
@@ -173,14 +182,15 @@ class Prediction:
         path.parent.mkdir(parents=True, exist_ok=True)
         expected, rate = self.video.length_and_rate(file)
         writer = self.video.VideoWriter(path, rate)
+        tracker = ObjectTracker(score_threshold=self.threshold, frame_rate=rate) if self.track else None
         number = 0
         try:
             for frame in tqdm(self.video.read_frames(file), desc=file.name, total=expected or None, unit="frame"):
                 instances = self.predictor(frame)
-                confident = instances[instances.scores >= self.threshold]
-                self.keep(confident, file, frame=number)
+                shown = tracker(instances) if tracker else instances[instances.scores >= self.threshold]
+                self.keep(shown, file, frame=number)
                 if self.draw:
-                    writer.write(draw_detections(frame, confident, self.predictor.class_names))
+                    writer.write(draw_detections(frame, shown, self.predictor.class_names))
                 number += 1
         finally:
             writer.close()
@@ -225,13 +235,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="more is faster on a GPU, and pads smaller images")
     parser.add_argument("--max-pixels", type=int, help="refuse larger images (default: INPUT.MAX_PIXELS of the config)")
     parser.add_argument("--no-drawings", action="store_true", help="write predictions.json only")
+    parser.add_argument("--track", action="store_true", help="follow the objects of videos from frame to frame")
 
 
 def main(arguments: argparse.Namespace) -> int:
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}: it must be 1 or more.")
+    if arguments.track:
+        import_extra("trackers", "trackers")
     folder = output_folder(arguments.output)
     files, names = files_and_names(arguments, folder)
+    if arguments.track and not any(file.suffix.lower() in VIDEO_SUFFIXES for file in files):
+        raise UserError("--track follows the objects of videos, and there is none: name one.", argument="input")
     if was_launched():
         with joined_processes(cuda=torch.cuda.is_available() and arguments.device != "cpu"):
             return predict(files, names, folder, arguments)

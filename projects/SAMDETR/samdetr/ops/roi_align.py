@@ -125,9 +125,10 @@ def roi_align(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     Returns:
         (B, R, S, S, C), bins along y first, in the dtype of the features.
     """
-    batch, _, width, channels = features.shape
+    batch, *_, channels = features.shape
     by_row = rows.flatten(1, 2).to(features.dtype) @ features.flatten(2)  # (B, R S, W C)
-    by_row = by_row.view(batch, *rows.shape[1:3], width, channels)
+    # With -1 for the width, OpenVINO knows the other sizes in a graph that it has quantised; it loses them otherwise.
+    by_row = by_row.view(batch, *rows.shape[1:3], -1, channels)
     return columns.to(features.dtype)[:, :, None] @ by_row
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from detectron2.data import Metadata
 from detectron2.structures import Instances
+from matplotlib import colormaps
 
 from ..data.images import open_picture
 from ..errors import import_extra
@@ -37,7 +38,8 @@ def draw_detections(
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        instances: on the CPU, with ``pred_boxes`` in the image's pixels, ``scores`` and ``pred_classes``.
+        instances: on the CPU, with ``pred_boxes`` in the image's pixels, ``scores`` and ``pred_classes``. With
+            ``track_ids`` (of an ``ObjectTracker``), labels begin with the object's number, which also chooses the colour.
         class_names: by class index.
         score_threshold: in [0, 1]; detections with a lower score are left out.
 
@@ -45,7 +47,17 @@ def draw_detections(
         (H', W', 3) uint8, RGB; a small image comes back enlarged.
     """
     confident = instances[instances.scores >= score_threshold]
-    return _visualizer(image, class_names).draw_instance_predictions(confident).get_image()
+    visualizer = _visualizer(image, class_names)
+    if not confident.has("track_ids"):
+        return visualizer.draw_instance_predictions(confident).get_image()
+    numbers = confident.track_ids.tolist()
+    labels = [
+        f"{f'#{number} ' if number >= 0 else ''}{visualizer.metadata.thing_classes[i]} {100 * score:.0f}%"
+        for number, i, score in zip(numbers, confident.pred_classes.tolist(), confident.scores.tolist())
+    ]
+    colors = [colormaps["tab20"](number % 20)[:3] if number >= 0 else (0.5, 0.5, 0.5) for number in numbers]
+    boxes = confident.pred_boxes
+    return visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors).get_image()
 
 
 def draw_annotations(image: np.ndarray, record: dict, class_names: Sequence[str]) -> np.ndarray:

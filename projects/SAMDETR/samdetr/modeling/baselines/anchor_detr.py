@@ -75,7 +75,7 @@ class AnchorDETR(SAMDETR):
 
 
 class PositionEncoder(nn.Module):
-    """Encode points, or single coordinates, in the same way for queries and keys (equations 3, 4 and 7): g(sine(position))."""
+    """Encode points, or single coordinates, in the same way for queries and keys: g(sine(position))."""
 
     def __init__(self, *, dim: int, temperature: float):
         super().__init__()
@@ -105,7 +105,7 @@ class PositionEncoder(nn.Module):
 
 
 class RowColumnAttention(nn.Module):
-    """Row-column decoupled attention (equations 5 to 8).
+    """The paper's "Row-Column Decoupled Attention".
 
     Weights along x are the softmax over the columns' mean features, weights along y over the rows'. The values of each row are
     averaged by the former, then the rows by the latter.
@@ -207,7 +207,7 @@ class AnchorEncoder(nn.Module):
 
 
 class AnchorQueries(nn.Module):
-    """Every pattern at every anchor point (section "Anchor Points to Object Query"); both are learned."""
+    """Every pattern at every anchor point ("Anchor Points to Object Query"); both are learned."""
 
     def __init__(self, *, num_points: int, num_patterns: int, dim: int):
         """

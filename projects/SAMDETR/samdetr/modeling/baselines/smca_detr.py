@@ -160,7 +160,7 @@ class SMCAEncoder(nn.Module):
 
 
 class ObjectQueries(nn.Module):
-    """DETR's object queries, learned vectors, with the centre that each predicts (equation 4)."""
+    """DETR's object queries, learned vectors, with the centre that each predicts ("Dynamic spatial weight maps")."""
 
     def __init__(self, *, num_queries: int, dim: int):
         super().__init__()
@@ -183,12 +183,13 @@ class ObjectQueries(nn.Module):
 
 
 class SpatiallyModulatedAttention(nn.Module):
-    """Multi-head attention to every level, multiplied by a Gaussian of each head (equations 4 to 9).
+    """Multi-head attention to every level, multiplied by a Gaussian of each head, as the paper's section on
+    SMCA defines it.
 
     Of a query o with centre c, head i attends to level j by ``C_ij = softmax(q k / sqrt(C / M) + log G_ij) v``, with
     ``log G_ij = -(s_x^2 (x - c_x - d_x)^2 + s_y^2 (y - c_y - d_y)^2) / beta`` at the pixel (x, y), and offsets d and scales s
-    linear in o. The levels' results are averaged with the weights ``softmax(linear(o))``. As in the published code, s is the
-    reciprocal of the paper's scale. Pixels are those of the finest level, in every level.
+    linear in o. The levels' results are averaged with the weights ``softmax(linear(o))``. Here s is the reciprocal of the
+    paper's scale, so that no scale is infinitely narrow. Pixels are those of the finest level, in every level.
     """
 
     def __init__(self, *, dim: int, num_heads: int, num_levels: int, gaussian_beta: float, dropout: float):
@@ -299,7 +300,7 @@ class SMCADecoderLayer(nn.Module):
 
 
 class SMCADecoder(nn.Module):
-    """DETR's decoder, whose layers share their prediction heads; boxes are relative to the queries' centres (equation 10)."""
+    """DETR's decoder, whose layers share their prediction heads; boxes are relative to the queries' predicted centres."""
 
     def __init__(
         self, *, layers: list[nn.Module], dim: int, num_classes: int, prior_prob: float, recompute: bool = False

@@ -10,8 +10,9 @@ Shapes: B images, Q proposals, C model width, D channels between the dynamic lay
 import math
 
 import torch
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...ops.runtime import run_layer, upload
 from ..boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from ..criterion import SetCriterion
 from ..layers import FeedForward, xavier_uniform_matrices_
-from ..meta_arch import SAMDETR
-from ..structures import ImageTarget, Predictions, QueryBatch
+from ..meta_arch import SetDetector, used_features
+from ..structures import ImageTarget, Predictions
 
 __all__ = ["DynamicInteraction", "LearnedProposals", "Pyramid", "SparseRCNN", "SparseStage", "SparseStages"]
 
@@ -33,14 +35,29 @@ Pyramid = tuple[list[Tensor], Tensor]
 
 
 @META_ARCH_REGISTRY.register()
-class SparseRCNN(SAMDETR):
-    """Sparse R-CNN. Its proposals take the place of queries, and its stages that of decoder layers; there is no encoder."""
+class SparseRCNN(SetDetector):
+    """Sparse R-CNN. There is no encoder."""
+
+    @configurable
+    def __init__(self, *, in_features: list[str], proposals: "LearnedProposals", decoder: "SparseStages", **options):
+        """
+        Args:
+            in_features: names of the backbone's outputs that make the pyramid, from the finest.
+            proposals, decoder: the learned proposals, and the stages that they go through.
+            options: see :class:`SetDetector`.
+        """
+        super().__init__(**options)
+        self.in_features = list(in_features)
+        self.proposals = proposals
+        self.decoder = decoder
+        self.query_generator = None
+        self.dense_head = None
 
     @classmethod
     def from_config(cls, cfg):
         node, pooling = cfg.MODEL.SAMDETR, cfg.MODEL.ROI_BOX_HEAD
-        parts = cls.shared_parts(cfg)
-        shapes = [parts["backbone"].output_shape()[name] for name in node.IN_FEATURES]
+        backbone = build_backbone(cfg)
+        shapes = used_features(cfg, backbone)
         if any(shape.channels != node.HIDDEN_DIM for shape in shapes):
             raise UserError(
                 f"MODEL.SAMDETR.HIDDEN_DIM is {node.HIDDEN_DIM}, but the features have "
@@ -60,35 +77,31 @@ class SparseRCNN(SAMDETR):
             for _ in range(node.DECODER.NUM_LAYERS)
         ]
         return {
-            **parts,
-            "feature_projection": nn.Identity(),
-            "encoder": nn.Identity(),
-            "query_generator": LearnedProposals(num_proposals=node.NUM_QUERIES, dim=node.HIDDEN_DIM),
+            "backbone": backbone,
+            "in_features": node.IN_FEATURES,
+            "proposals": LearnedProposals(num_proposals=node.NUM_QUERIES, dim=node.HIDDEN_DIM),
             "decoder": SparseStages(
                 stages=stages,
                 pooler=make_pooler(shapes, pooling.POOLER_RESOLUTION, pooling.POOLER_SAMPLING_RATIO),
                 box_weights=tuple(pooling.BBOX_REG_WEIGHTS),
                 recompute=node.ACTIVATION_CHECKPOINTING,
             ),
+            "criterion": SetCriterion(cfg),
+            "num_classes": node.NUM_CLASSES,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
-    def encode(self, images: Tensor, image_sizes: list[tuple[int, int]] | None) -> Pyramid:
-        """Return the feature pyramid; for the arguments see :meth:`SAMDETR.encode`.
-
-        Raises:
-            UserError: ``image_sizes`` is None, as in a model that is exported.
-        """
-        if image_sizes is None:
-            raise UserError(
-                "SparseRCNN cannot be exported, because its RoIAlign works image by image: use another model."
-            )
+    def encode(self, images: Tensor, image_sizes: list[tuple[int, int]]) -> Pyramid:
+        """Return the feature pyramid of normalised images, (B, 3, H, W), whose heights and widths are without padding."""
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         return [features[name] for name in self.in_features], upload(image_sizes, images.device, torch.float32)
 
-    def decode(self, levels: Pyramid, targets: list[ImageTarget] | None = None) -> tuple[Predictions, QueryBatch]:
-        """Predict from the feature pyramid; see :meth:`SAMDETR.decode`."""
-        queries = self.query_generator(len(levels[1]))
-        return self.decoder(queries.content, self.query_generator.boxes, levels), queries
+    def decode(self, encoded: Pyramid, targets: list[ImageTarget] | None = None) -> tuple[Predictions, None]:
+        """Predict from the feature pyramid; see :class:`SetDetector`."""
+        features = self.proposals.features.expand(len(encoded[1]), -1, -1)
+        return self.decoder(features, self.proposals.boxes, encoded), None
 
 
 def make_pooler(shapes: list[ShapeSpec], pooled_size: int, sampling_ratio: int) -> ROIPooler:
@@ -114,18 +127,9 @@ class LearnedProposals(nn.Module):
         self.boxes = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(num_proposals, 1))
         self.features = nn.Parameter(torch.randn(num_proposals, dim))
 
-    def num_denoising(self, targets: list[ImageTarget]) -> int:
-        """Return 0: there are no denoising queries."""
-        return 0
-
-    def forward(self, batch: int) -> QueryBatch:
-        """Return the proposals of a batch of images; the logits, unlike :attr:`boxes`, pass no gradient on."""
-        logits = self.boxes.detach().logit(1e-5)
-        return QueryBatch(self.features.expand(batch, -1, -1), logits.expand(batch, -1, -1))
-
 
 class DynamicInteraction(nn.Module):
-    """Let pooled features go through two layers whose weights are generated from the proposal's feature (section 3.3)."""
+    """Let pooled features go through two layers whose weights are generated from the proposal's feature."""
 
     def __init__(self, *, dim: int, dynamic_dim: int, pooled_size: int):
         """
@@ -211,7 +215,7 @@ class SparseStage(nn.Module):
 
 
 class SparseStages(nn.Module):
-    """The stages one after the other; each starts from the boxes and features of the one before (section 3.3)."""
+    """The stages one after the other; each starts from the boxes and features of the one before."""
 
     def __init__(
         self,
