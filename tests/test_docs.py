@@ -14,6 +14,9 @@ import pytest
 from PIL import Image
 
 import samdetr
+import samdetr.analysis
+import samdetr.converters
+import samdetr.visualization
 from helpers import ROOT
 from samdetr import load_config
 from samdetr.about import DETECTRON2
@@ -88,7 +91,7 @@ def test_tables_have_equally_many_cells_in_every_row_and_links_lead_somewhere(pa
 def test_every_public_name_has_an_entry_on_the_site(site):
     shown = set(re.findall(r'id="(samdetr[\w.]*)"', "".join(site.values())))
     assert {f"samdetr.{name}" for name in samdetr.__all__} <= shown
-    parts = (samdetr.data, samdetr.checkpoint, samdetr.visualization)
+    parts = (samdetr.data, samdetr.checkpoint, samdetr.analysis, samdetr.converters, samdetr.visualization)
     assert {f"{part.__name__}.{name}" for part in parts for name in part.__all__} <= shown
     contract = site["api/model.html"].split('id="samdetr.ENCODER_REGISTRY"')[1].split("<h3")[0]
     assert "An unpadded pixel must not depend on padded ones." in contract

@@ -189,7 +189,9 @@ class ReadableDocstrings(griffe.Extension):
     def on_object(self, *, obj, loader, **kwargs) -> None:
         if obj.docstring:
             pattern = r":(?:attr|class|data|exc|func|meth|mod):`~?([\w.]+)`"
-            obj.docstring.value = re.sub(pattern, lambda match: reference(obj, match[1]), obj.docstring.value)
+            text = re.sub(pattern, lambda match: reference(obj, match[1]), obj.docstring.value)
+            # griffe takes the second of two attributes that are described together for the type of the first.
+            obj.docstring.value = re.sub(r"^(\s+\w+), (?=\w+: )", "\\1,\N{NO-BREAK SPACE}", text, flags=re.MULTILINE)
 
 
 def reference(obj: griffe.Object, name: str) -> str:

@@ -129,15 +129,22 @@ Names :class:`Thing`.
 class A:
     def f(self):
         """See :meth:`g`, :func:`samdetr.load` and :data:`~unknown.B`."""
-    def g(self): ...
+    def g(self):
+        """Do.
+
+        Attributes:
+            one, two: (N,) int.
+        """
 '''
     with griffe.temporary_visited_module(
         code, module_name="m", extensions=griffe.load_extensions(documentation.ReadableDocstrings)
     ) as module:
-        for obj in (module["REGISTRY"], module["A.f"]):
+        for obj in (module["REGISTRY"], module["A.f"], module["A.g"]):
             documentation.ReadableDocstrings().on_object(obj=obj, loader=None)
         assert module["REGISTRY"].docstring.value == (
             'Names <autoref identifier="other.Thing" optional><code>Thing</code></autoref>.'
         )
         links = re.findall(r'identifier="([\w.]+)"[^>]*><code>([\w.]+)<', module["A.f"].docstring.value)
         assert links == [("m.A.g", "g"), ("samdetr.load", "samdetr.load"), ("unknown.B", "unknown.B")]
+        (attributes,) = griffe.parse_google(module["A.g"].docstring)[1].value
+        assert attributes.name == "one,\N{NO-BREAK SPACE}two" and attributes.description == "(N,) int."
