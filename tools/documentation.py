@@ -96,7 +96,8 @@ def describe_option(action: argparse.Action) -> tuple[str, str]:
     if action.option_strings and action.required:
         text += " (required)"
     elif action.option_strings and action.nargs != 0 and action.default not in (None, "") and "default" not in text:
-        text += f" (default: {action.default})"
+        default = " ".join(map(str, action.default)) if isinstance(action.default, tuple | list) else action.default
+        text += f" (default: {default})"
     return f"`{' '.join(filter(None, words))}`", text.strip().replace("|", "\\|")
 
 

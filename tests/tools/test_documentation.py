@@ -64,14 +64,17 @@ def add_samdetr_config(cfg):
 
 def test_every_command_has_its_text_and_options():
     page = documentation.commands_page()
-    sections = dict(re.findall(r"^## samdetr (\w+)\n(.*?)(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL))
+    sections = dict(re.findall(r"^## samdetr ([\w-]+)\n(.*?)(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL))
     assert list(sections) == list(COMMANDS)
     assert "\n    samdetr train --config-file my.yaml --resume\n" in sections["train"]
     assert (
         "| `--weights WEIGHTS` | checkpoint; one of this project needs nothing else (required) |"
         in sections["attention"]
     )
-    assert "| `--size HEIGHT WIDTH` |" in sections["export"] and "`--input PATH ...`" in sections["predict"]
+    assert (
+        "| `--size HEIGHT WIDTH` | to trace with (default: 480 640) |" in sections["export"]
+        and "`--input PATH ...`" in sections["predict"]
+    )
     assert (
         "| `--num-gpus NUM_GPUS` | GPUs per machine; processes, with MODEL.DEVICE cpu (default: 1) |"
         in sections["train"]
