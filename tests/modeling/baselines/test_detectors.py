@@ -177,7 +177,7 @@ def test_what_can_be_exported_computes_the_same_and_what_cannot_says_so(tmp_path
 def test_attention_that_cannot_be_drawn_says_so(variant):
     model = build_model(small_config(variant))
     with (
-        pytest.raises(UserError, match="does not expose its attention weights|only that of a SAMDETR"),
+        pytest.raises(UserError, match=r"does not expose its attention weights|only that of a SAMDETR"),
         record_attention(model),
     ):
         pass
