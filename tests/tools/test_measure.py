@@ -1,8 +1,9 @@
-"""tools/measure/: analysis, benchmark, growth, padding."""
+"""tools/measure/: analysis, benchmark, exported files, growth, padding."""
 
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -165,6 +166,56 @@ def test_padding_is_measured(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.splitlines()[0].startswith("1 per batch: AP ")
     assert result.stdout.splitlines()[1].startswith("8 per batch: AP ")
+
+
+class AlwaysTheSame(torch.nn.Module):
+    """An exported "model" that finds one box in the middle of every image, of class 3."""
+
+    def forward(self, images):
+        corners = torch.tensor([[0.25, 0.25, 0.75, 0.75]]).expand(images.shape[0], 1, 4)
+        return corners, corners[..., 0] + 0.5, torch.full_like(corners[..., 0], 3, dtype=torch.long)
+
+
+@pytest.mark.slow
+def test_exported_files_are_measured_beside_their_checkpoint(run_folder, tmp_path):
+    path = tmp_path / "same.pt2"
+    sizes = {"images": {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}
+    torch.export.save(torch.export.export(AlwaysTheSame(), (torch.zeros(2, 3, 64, 96),), dynamic_shapes=sizes), path)
+    arguments = ["--weights", run_folder / "model_final.pth", "--files", path, "--images", 3]
+    result = run_tool("measure/exported.py", *arguments)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines() if "|" in line]
+    assert rows[0] == ["file", "MiB", "ms per image", "AP", "AP50"]
+    assert [row[0] for row in rows[2:]] == ["checkpoint", "same.pt2"]
+    evaluated = json.loads((run_folder / "evaluation.json").read_text())["results"]["bbox"]
+    assert rows[2][3:] == [f"{evaluated['AP']:.2f}", f"{evaluated['AP50']:.2f}"]
+    assert rows[3][1] == f"{path.stat().st_size / 2**20:.1f}" and float(rows[3][2]) < float(rows[2][2])
+
+
+def test_a_missing_exported_file_is_named():
+    result = run_tool("measure/exported.py", "--weights", "no.pth", "--files", "no.onnx")
+    assert result.returncode == 1 and "--files no.onnx: there is no such file" in result.stderr
+
+
+def test_a_detection_of_an_exported_file_is_in_the_pixels_of_the_image():
+    """Clipped to it, and left out where nothing is inside."""
+    from exported import ExportedDetector
+
+    corners = np.array([[[0.5, 0.25, 1.5, 0.75], [1.1, 0, 1.2, 1]]], np.float32)
+    found = {"boxes": corners, "scores": np.array([[0.9, 0.8]]), "classes": np.array([[3, 4]])}
+    sizes = []
+
+    def detect(images):
+        sizes.append(images.shape)
+        return found
+
+    detector = ExportedDetector(detect, {"size_divisibility": 32, "smallest_side": 64})
+    image = torch.zeros(3, 70, 100, dtype=torch.uint8)
+    [output] = detector([{"image": image, "height": 200, "width": 400}])
+    instances = output["instances"]
+    assert sizes == [(1, 3, 64, 96)] and instances.image_size == (200, 400)
+    assert instances.pred_boxes.tensor.tolist() == [[200, 50, 400, 150]]
+    assert instances.pred_classes.tolist() == [3]
 
 
 @pytest.mark.slow

@@ -177,6 +177,10 @@ def onnx_to_openvino(
     model = openvino.Core().read_model(str(source))
     graph = onnx.load(str(source), load_external_data=False)
     if precision == "int8":
+        with tempfile.TemporaryDirectory() as folder:  # halved before, since floats of a quantised model are not
+            half = Path(folder, "half.xml")
+            openvino.save_model(model, str(half), compress_to_fp16=True)
+            model = openvino.Core().read_model(str(half), config={"ENABLE_MMAP": False})
         model = _quantized(model, calibration, _nodes_below(graph, _KEPT_FLOAT))
     description = next(entry.value for entry in graph.metadata_props if entry.key == "samdetr")
     model.set_rt_info(description, "samdetr")
