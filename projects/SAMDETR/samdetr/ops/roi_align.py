@@ -71,7 +71,7 @@ def roi_align_weights(boxes: Tensor, valid_size: Tensor, size: tuple[int, int], 
         start = centre * valid - extent / 2
         if is_tracing():  # an exporter cannot tell which side is longer
             x, y = (
-                _bin_weights(*(value[..., axis : axis + 1] for value in (start, extent, valid)), length, bins)[:, :, 0]
+                _bin_weights(*(value[..., axis] for value in (start, extent, valid)), length, bins)
                 for axis, length in enumerate((width, height))
             )
             return y, x
@@ -80,16 +80,16 @@ def roi_align_weights(boxes: Tensor, valid_size: Tensor, size: tuple[int, int], 
 
 
 def _bin_weights(start: Tensor, extent: Tensor, valid_length: Tensor, length: int, bins: int) -> Tensor:
-    """Return the weights of RoIAlign along several axes at once, in fewer operations; called without autograd.
+    """Return the weights of RoIAlign along one axis, or along both at once, in fewer operations; called without autograd.
 
     Args:
-        start, extent: (B, R, A), lower edge and size of each box along each of A axes, in pixels (pixel i spans [i, i + 1]).
-        valid_length: (B, 1, A), number of unpadded pixels of each image.
+        start, extent: (B, R) or (B, R, 2), lower edge and size of each box along an axis, in pixels (pixel i spans [i, i + 1]).
+        valid_length: (B, 1) or (B, 1, 2), number of unpadded pixels of each image.
         length: number of pixels of the longer axis, padding included.
         bins: number of bins S.
 
     Returns:
-        (B, R, A, S, length): row s averages the samples of bin s. Pixels beyond the valid length have no weight.
+        (B, R, S, length) or (B, R, 2, S, length): row s averages the samples of bin s; padding has no weight.
     """
     device = start.device
     samples = torch.ceil(extent / bins).clamp(min=1)  # number of samples per bin, chosen for each box
@@ -99,9 +99,9 @@ def _bin_weights(start: Tensor, extent: Tensor, valid_length: Tensor, length: in
     most = (length + bins - 1) // bins + 1
     sample = torch.arange(most, dtype=start.dtype, device=device)
     bin_index = torch.arange(bins, dtype=start.dtype, device=device)
-    samples, bin_size, start = (x[..., None, None] for x in (samples, extent / bins, start))
-    offset = bin_index[:, None] + (sample + 0.5) / samples  # (B, R, A, S, most), in bins
-    position = start + offset * bin_size - 0.5  # 0: centre of the first pixel
+    samples, bin_size = samples[..., None, None], (extent / bins)[..., None, None]
+    offset = bin_index[:, None] + (sample + 0.5) / samples  # (..., S, most), in bins
+    position = start[..., None, None] + offset * bin_size - 0.5  # 0: centre of the first pixel
     end = valid_length[..., None, None]
     used = (sample < samples) & (position >= -1) & (position <= end)
     position = torch.minimum(position.clamp(min=0), end - 1)
@@ -109,7 +109,7 @@ def _bin_weights(start: Tensor, extent: Tensor, valid_length: Tensor, length: in
     high = torch.minimum(low + 1, end - 1)
     share = used / samples
     upper = position - low
-    weights = position.new_zeros(*position.shape[:-1], length)
+    weights = position.new_zeros(*start.shape, bins, length)
     weights.scatter_add_(-1, low.long(), (1 - upper) * share)
     weights.scatter_add_(-1, high.long(), upper * share)
     return weights
