@@ -38,6 +38,7 @@ class ExportedDetector(nn.Module):
     def __init__(self, detect: Detect, description: dict):
         super().__init__()
         self.detect, self.description = detect, description
+        self.anchor = nn.Parameter(torch.zeros(()))  # evaluation asks a model's parameters for its device
 
     def forward(self, batch: list[dict]) -> list[dict]:
         return [{"instances": self.detect_one(inputs)} for inputs in batch]
