@@ -64,6 +64,14 @@ MULTI_SCALE = [
 ]
 
 
+# The smallest model of several levels: one layer for each of them.
+TWO_LEVELS = [
+    *MULTI_SCALE,
+    *("MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"], "MODEL.SAMDETR.IN_FEATURES", ["res4", "res5"]),
+    *("MODEL.SAMDETR.DECODER.NUM_LAYERS", 2),
+]
+
+
 def tiny_config(*options):
     """A model of a few thousand parameters for ten classes, single-scale with SMCA unless options say otherwise."""
     return load_config("sam_detr_digits", *TINY, *options)

@@ -4,9 +4,11 @@ The processes are forked from a server that has imported torch, detectron2 and s
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,14 +31,20 @@ def environment(threads: int | None = None) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
 
 
-def _run(script: str, arguments: list[str], folder: str, output: str, variables: dict[str, str]) -> None:
+def _run(script: str, arguments: list[str], output: str, variables: dict[str, str], group: bool) -> None:
     """What a forked process does: become the script."""
+    if group:
+        os.setsid()
+    # Processes that the script starts are forked, too.
+    torch.multiprocessing.start_processes = functools.partial(
+        torch.multiprocessing.start_processes, start_method="fork"
+    )
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         with open(os.path.join(output, name), "wb") as file:
             os.dup2(file.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(variables)
-    os.chdir(folder)
+    os.chdir(ROOT)
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     sys.argv = [script, *arguments]
     # As if started by itself: no folder of the tests or tools that it does not add.
@@ -46,12 +54,21 @@ def _run(script: str, arguments: list[str], folder: str, output: str, variables:
 
 
 class Script:
-    """A running script, whose output goes to files."""
+    """A running script, whose output goes to files.
 
-    def __init__(self, script, *arguments, threads=None):
+    Args:
+        script: its path in the tree.
+        arguments: of its command line.
+        threads: see :func:`environment`.
+        variables: environment variables besides those of this process.
+        group: whether it leads a group of processes of its own, as a command does that a terminal has started.
+    """
+
+    def __init__(self, script, *arguments, threads=None, variables=None, group=False):
         self._output = tempfile.TemporaryDirectory()
         self.arguments = [str(argument) for argument in arguments]
-        target = (str(ROOT / script), self.arguments, str(ROOT), self._output.name, environment(threads))
+        variables = {**environment(threads), **(variables or {})}
+        target = (str(ROOT / script), self.arguments, self._output.name, variables, group)
         self.process = _CONTEXT.Process(target=_run, args=target)
         self.process.start()
 
@@ -72,14 +89,28 @@ def run_script(script, *arguments, **options) -> subprocess.CompletedProcess:
     return Script(script, *arguments, **options).wait()
 
 
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def as_torchrun(script, *arguments, number=2) -> list[Script]:
+    """Start a script as torchrun does with ``--nproc-per-node``: as several processes that find each other by variables."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(number)}
+    common["LOCAL_WORLD_SIZE"] = str(number)
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    return [Script(script, *arguments, threads=1, variables={**common, **rank}) for rank in ranks]
+
+
 def start_processes(function, arguments: tuple, number: int) -> None:
     """Call ``function(rank, *arguments)`` in several processes at once, and wait for them."""
     torch.multiprocessing.start_processes(function, arguments, nprocs=number, start_method="forkserver")
 
 
-def run_tool(name, *arguments) -> subprocess.CompletedProcess:
+def run_tool(name, *arguments, **options) -> subprocess.CompletedProcess:
     """Run a script of tools/."""
-    return run_script(f"tools/{name}", *arguments)
+    return run_script(f"tools/{name}", *arguments, **options)
 
 
 def train_net(*arguments) -> subprocess.CompletedProcess:

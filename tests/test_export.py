@@ -1,16 +1,17 @@
 """samdetr.export: traced at one size, the graph gives the model's outputs at others."""
 
+import functools
 import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
-from helpers import BEYOND, DN, MULTI_SCALE, ROOT, SMCA, tiny_config, tiny_model
+from helpers import BEYOND, DN, ROOT, SMCA, TWO_LEVELS, tiny_config, tiny_model
 from samdetr.cli.export import largest_difference, share_found
 from samdetr.export import (
     ExportableModel,
@@ -19,18 +20,12 @@ from samdetr.export import (
     export,
     fit_size,
     onnx_to_openvino,
+    open_exported,
     trace,
 )
 from samdetr.predictor import Predictor
 
 ONE_LAYER = ["MODEL.SAMDETR.DECODER.NUM_LAYERS", 1]  # the graph's size decides how long exporting takes
-
-
-TWO_LEVELS = [
-    *("MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"], "MODEL.SAMDETR.IN_FEATURES", ["res4", "res5"]),
-    *("MODEL.SAMDETR.DECODER.NUM_LAYERS", 2),  # one per level
-]
-FAMILIES = {"single-scale": [*SMCA, *ONE_LAYER], "multi-scale": [*SMCA, *MULTI_SCALE, *DN, *BEYOND, *TWO_LEVELS]}
 
 
 def make_predictor(*options):
@@ -55,17 +50,15 @@ OTHER_SIZES = ((1, (64, 64)), (2, (128, 96)), (3, (97, 161)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_exported_files_agree_at_other_sizes_and_batches(tmp_path, family):
-    """All kinds of files, written from one tracing."""
-    predictor = make_predictor(*FAMILIES[family])
-    program = trace(predictor, size=(96, 128))
-    for suffix in (".onnx", ".pt2"):
-        export(predictor, program, tmp_path / f"model{suffix}")
+def test_a_multi_scale_model_agrees_at_other_sizes_and_batches(tmp_path):
+    """With all parts. One level: see the command's test."""
+    predictor = make_predictor(*SMCA, *TWO_LEVELS, *DN, *BEYOND)
+    export(predictor, trace(predictor, size=(96, 128)), tmp_path / "model.onnx")
     onnx_to_openvino(tmp_path / "model.onnx", tmp_path / "model.xml")
-    for suffix in (".onnx", ".pt2", ".xml"):
+    for suffix in (".onnx", ".xml"):
+        detect = open_exported(tmp_path / f"model{suffix}")
         for batch, size in OTHER_SIZES:
-            assert largest_difference(predictor, tmp_path / f"model{suffix}", size, batch) < 1e-4
+            assert largest_difference(predictor, detect, size, batch) < 1e-4
     check_lower_precisions(predictor, tmp_path)
 
 
@@ -76,12 +69,12 @@ def check_lower_precisions(predictor, folder):
     random = [255 * torch.rand(batch, 3, *size) for batch, size in OTHER_SIZES]
     onnx_to_openvino(folder / "model.onnx", folder / "half.xml", "float16")
     size, half = ((folder / name).stat().st_size for name in ("model.bin", "half.bin"))
-    assert half < 0.6 * size and share_found(predictor, folder / "half.xml", random) > 0.95
+    assert half < 0.6 * size and share_found(predictor, open_exported(folder / "half.xml"), random) > 0.95
     pytest.importorskip("nncf", reason="needs: pip install nncf")
     calibration = [255 * torch.rand(1, 3, 96, 128).numpy() for _ in range(4)]
     onnx_to_openvino(folder / "model.onnx", folder / "int8.xml", "int8", calibration)
     assert (folder / "int8.bin").stat().st_size < half
-    share_found(predictor, folder / "int8.xml", random)  # it runs at these sizes
+    share_found(predictor, open_exported(folder / "int8.xml"), random)  # it runs at these sizes
     graph = openvino.Core().read_model(folder / "int8.xml")
     quantised = {
         target.get_node().get_friendly_name()
@@ -96,40 +89,54 @@ def check_lower_precisions(predictor, folder):
 
 
 @pytest.mark.slow
-def test_a_network_of_timm_is_exported(tmp_path):
-    """One that pads as TensorFlow does: with timm's own padding, tracing would take more than ten minutes."""
+def test_a_network_of_timm_is_traced(tmp_path):
+    """One that pads as TensorFlow does: with timm's own padding, this would take more than ten minutes."""
     backbone = ["MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", "tf_efficientnet_lite0"]
     predictor = make_predictor(*SMCA, *ONE_LAYER, *backbone, "MODEL.SAMDETR.IN_FEATURES", ["stride16"])
-    export(predictor, trace(predictor, size=(96, 128)), tmp_path / "model.onnx")
-    assert largest_difference(predictor, tmp_path / "model.onnx", (97, 161), 2) < 1e-4
+    export(predictor, trace(predictor, size=(96, 128)), tmp_path / "model.pt2")
+    assert largest_difference(predictor, open_exported(tmp_path / "model.pt2"), (97, 161), 2) < 1e-4
 
 
 @pytest.mark.slow
-def test_the_files_run_without_this_project(tmp_path, monkeypatch):
-    """tools/run_exported.py imports neither detectron2 nor this project nor, for ONNX and OpenVINO, torch."""
-    from PIL import Image
-
-    predictor = make_predictor(*ONE_LAYER)
-    program = trace(predictor, size=(64, 64))
-    export(predictor, program, tmp_path / "model.onnx")
-    # On the way to OpenVINO, torch would write the same ONNX file again, which takes long.
-    again = SimpleNamespace(
-        model=SimpleNamespace(metadata_props={}), save=lambda path: shutil.copy(tmp_path / "model.onnx", path)
+def test_the_command_writes_every_kind_of_file_and_checks_it(tool, pictures, tmp_path, monkeypatch):
+    """All of them from one tracing and one file of ONNX, since each takes long. They run without this project."""
+    predictor = make_predictor(*SMCA, *ONE_LAYER)
+    data = {"model": predictor.model.state_dict(), "class_names": predictor.class_names}
+    torch.save({**data, "config": predictor.cfg.dump()}, tmp_path / "one.pth")
+    weights = ["--weights", tmp_path / "one.pth"]
+    first_trace = functools.cache(trace)
+    written = SimpleNamespace(
+        model=SimpleNamespace(metadata_props={}), save=lambda path: shutil.copy(tmp_path / "model.ONNX", path)
     )
-    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: again)
-    export(predictor, program, tmp_path / "model.xml")
-    pixels = np.random.RandomState(0).randint(0, 255, (80, 100, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "image.png")
+    monkeypatch.setattr("samdetr.cli.export.trace", lambda _, size: first_trace(predictor, size))
+    for suffix in ("ONNX", "xml", "pt2"):
+        path = tmp_path / f"model.{suffix}"
+        status, printed = tool("export_model", *weights, "--output", path, "--size", 64, 96)
+        assert status is None and path.exists() and printed.count("largest difference") == 3
+        if suffix == "ONNX":
+            monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: written)
+    assert first_trace.cache_info().misses == 1
+    assert not list(tmp_path.glob("*unchecked*"))
+    status, _ = tool("export_model", *weights, "--output", path)
+    assert "exists already" in status
+    monkeypatch.undo()
+    status, _ = tool("export_model", *weights, "--output", tmp_path / "b.pt2", "--size", 32, 32)
+    assert "at least 64 pixels" in status
+    check_they_run_alone([tmp_path / "model.ONNX", tmp_path / "model.xml"], pictures / "one.png", tmp_path)
+
+
+def check_they_run_alone(files, image, folder):
+    """tools/run_exported.py imports neither detectron2 nor this project nor, for ONNX and OpenVINO, torch."""
     blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'detectron2', 'samdetr'])); import runpy; "
-    tool = str(ROOT / "tools" / "run_exported.py")
+    script = str(ROOT / "tools" / "run_exported.py")
     printed = []
-    for model in ("model.onnx", "model.xml"):
-        arguments = ["--model", model, "--input", "image.png", "--output", "out.png", "--score-threshold", "0.01"]
-        code = f"{blocked}sys.argv = {[tool, *arguments]!r}; runpy.run_path({tool!r}, run_name='__main__')"
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    for file in files:
+        arguments = ["--model", str(file), "--input", str(image), "--output", "out.png", "--score-threshold", "0.01"]
+        code = f"{blocked}sys.argv = {[script, *arguments]!r}; runpy.run_path({script!r}, run_name='__main__')"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
         assert result.returncode == 0, result.stderr
         printed.append(result.stdout)
-        assert Image.open(tmp_path / "out.png").size == (100, 80)
+        assert Image.open(folder / "out.png").size == Image.open(image).size
     assert "name " in printed[0] and sorted(printed[0].splitlines()) == sorted(printed[1].splitlines())
 
 

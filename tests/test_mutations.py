@@ -16,13 +16,13 @@ def bounded(examples):
     return settings(max_examples=examples, deadline=None, suppress_health_check=suppressed, database=None)
 
 
-@bounded(60)
+@bounded(40)
 @given(seeds)
 def test_the_check_accepts_what_training_and_evaluation_accept(tmp_path, seed):
     mutations.try_dataset(random.Random(seed), tmp_path / "dataset")
 
 
-@bounded(60)
+@bounded(40)
 @given(seeds)
 def test_extreme_settings_work_or_are_refused(tmp_path, seed):
     mutations.try_setting(random.Random(seed), tmp_path / "run", mutations.make_entry(tmp_path / "good"))
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory):
     return mutations.make_checkpoint(tmp_path_factory.mktemp("whole"))
 
 
-@bounded(200)
+@bounded(100)
 @given(seeds)
 def test_a_damaged_checkpoint_is_refused_or_holds_the_same(checkpoint, tmp_path, seed):
     mutations.try_checkpoint(random.Random(seed), *checkpoint, tmp_path / "damaged.pth")

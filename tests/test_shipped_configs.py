@@ -136,6 +136,9 @@ def test_fcos_is_detectron2s():
     assert torch.equal(ours.pixel_mean, theirs.pixel_mean) and config.optimizer.lr == cfg.SOLVER.BASE_LR
 
 
+FEW = ["MODEL.SAMDETR.NUM_QUERIES", 20]  # for speed
+
+
 def train_two_steps(cfg, label=7):
     """Train, check that something has been learned, evaluate; return the model and the optimizer."""
     model = build_model(cfg)
@@ -166,7 +169,8 @@ def train_two_steps(cfg, label=7):
 def test_baselines_train_and_evaluate(name):
     # Without pretrained weights, frozen norms would let the activations grow from block to block.
     options = ["MODEL.RESNETS.NORM", "BN", "SOLVER.BASE_LR", 1e-4]
-    options += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.RPN.POST_NMS_TOPK_TEST", 16]  # for speed
+    options += [] if "anchor" in name else FEW
+    options += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.RPN.POST_NMS_TOPK_TEST", 16]
     _, optimizer = train_two_steps(load_config(f"{name}_1x", *options))
     assert isinstance(optimizer, torch.optim.SGD) == (name.removeprefix("baselines/") in DETECTRON2_BASELINES)
 
@@ -253,7 +257,7 @@ TRAINABLE = {"R_50": 58.05e6, "DC5": 58.05e6, "pp": 54.95e6}
 @pytest.mark.parametrize("name", [*(f"{family}_1x" for family in FAMILIES), "sam_detr_smca_R_50_50ep"])
 def test_every_coco_model_trains_and_evaluates(name):
     """The others differ from these in the schedule."""
-    train_two_steps(load_config(name))
+    train_two_steps(load_config(name, *FEW))
 
 
 @pytest.mark.parametrize("name", COCO_CONFIGS)
@@ -268,7 +272,7 @@ def test_every_coco_config_builds_a_model_of_the_right_size(name):
 
 @pytest.mark.slow
 def test_the_plus_model_trains_and_evaluates():
-    model, _ = train_two_steps(load_config(PLUS_CONFIGS[0]))
+    model, _ = train_two_steps(load_config(PLUS_CONFIGS[0], *FEW))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     pixel_head = (256 + 1) * (3 * 256 + 80 + 4) + 2 * 256
     assert trainable == pytest.approx(TRAINABLE["pp"] + 0.05e6 + 81 * 255 + 2 * pixel_head, abs=0.05e6)

@@ -22,16 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/sam_detr_plus_digits.yaml"
 
 
-def draw(output: Path, num_images: int = 16) -> Path:
-    """Draw predictions of ``model_final.pth`` beside the ground truth of the first validation images."""
-    predictor = samdetr.load(output / "model_final.pth", device="cpu")
+def draw(predictor: samdetr.Predictor, path: Path, num_images: int = 16) -> None:
+    """Draw predictions beside the ground truth of the first validation images."""
     pairs = [
         draw_beside_truth(record, predictor(record["file_name"]), predictor.class_names, SCORE_THRESHOLD)
         for record in DatasetCatalog.get(predictor.cfg.DATASETS.TEST[0])[:num_images]
     ]
-    path = output / "predictions.png"
     Image.fromarray(draw_pairs(pairs)).save(path)
-    return path
 
 
 def main() -> None:
@@ -51,12 +48,13 @@ def main() -> None:
     if status:
         sys.exit(status)
     minutes = (time.perf_counter() - started) / 60
-    picture = draw(output)
+    predictor, picture = samdetr.load(output / "model_final.pth", device="cpu"), output / "predictions.png"
+    draw(predictor, picture)
     metrics = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     ap = next(entry["bbox/AP"] for entry in reversed(metrics) if "bbox/AP" in entry)
     print(
         f"""
-Box AP on digits_val: {ap:.1f}, after {minutes:.1f} minutes of training and evaluation.
+Box AP on {predictor.cfg.DATASETS.TEST[0]}: {ap:.1f}, after {minutes:.1f} minutes of training and evaluation.
 
   {picture}            ground truth (left) and predictions (right)
   {output}/metrics.json               losses and AP over the run, one JSON object per line

@@ -3,12 +3,11 @@
 import json
 import os
 import shlex
-import subprocess
 import sys
 
 import pytest
 
-from processes import ROOT, environment, run_script
+from processes import ROOT, as_torchrun, run_script
 from samdetr.cli import COMMANDS, make_parser
 
 DOORS = {
@@ -22,8 +21,11 @@ DOORS = {
 }
 
 
+MAIN = "projects/SAMDETR/samdetr/__main__.py"
+
+
 def samdetr(*arguments):
-    return run_script("projects/SAMDETR/samdetr/__main__.py", *arguments)
+    return run_script(MAIN, *arguments)
 
 
 @pytest.fixture
@@ -110,17 +112,13 @@ def test_processes_share_what_is_predicted(run_folder, pictures, tmp_path):
     (pictures / "three.png").write_bytes(b"no image")
     arguments = ["--weights", run_folder / "model_final.pth", "--input", pictures, "--score-threshold", 0.05]
     alone = samdetr("predict", *arguments, "--output", tmp_path / "alone")
-    with_torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    together = subprocess.run(
-        [*with_torchrun, "-m", "samdetr", "predict", *map(str, arguments), "--output", str(tmp_path / "together")],
-        env=environment(threads=1),
-        capture_output=True,
-        text=True,
-    )
-    assert alone.returncode == 1 and together.returncode != 0
-    for result in (alone, together):
+    processes = as_torchrun(MAIN, "predict", *arguments, "--output", tmp_path / "together")
+    first, second = (process.wait() for process in processes)
+    assert alone.returncode == first.returncode == 1
+    for result in (alone, first):
         assert result.stdout.startswith("3 files, "), result.stderr[-3000:]
         assert "1 files could not be done" in result.stderr
+    assert not second.stdout
     results = [json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("alone", "together")]
     assert results[0] == results[1] and len(results[0]) > 3
     assert {entry["image_id"] for entry in results[0]} == {1, 2, 4}

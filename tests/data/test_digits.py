@@ -1,5 +1,7 @@
 """samdetr.data.digits: the embedded dataset."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from samdetr.data.digits import _SPLITS, write_digits
 
 def test_embedded_dataset_is_well_formed_and_disjoint():
     train, val = DatasetCatalog.get("digits_train"), DatasetCatalog.get("digits_val")
-    assert (len(train), len(val)) == (2000, 200)
+    assert (len(train), len(val)) == (2000, 200) and DatasetCatalog.get("digits_val_20") == val[:20]
     assert MetadataCatalog.get("digits_val").thing_classes == [str(digit) for digit in range(10)]
     for records in (train, val):
         counts = np.array([len(record["annotations"]) for record in records])
@@ -28,12 +30,18 @@ def test_embedded_dataset_is_well_formed_and_disjoint():
     assert image.size == (128, 128) and image.mode == "RGB"
 
 
-def test_embedded_dataset_is_the_same_every_time(tmp_path):
+def test_embedded_dataset_is_the_same_every_time(tmp_path, monkeypatch):
+    """The first images of each split, which do not depend on how many follow."""
+    for name, split in _SPLITS.items():
+        monkeypatch.setitem(_SPLITS, name, dataclasses.replace(split, num_images=30))
     write_digits(str(tmp_path))
-    first = sorted(path for path in tmp_path.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
-    assert len(first) == 2000 + 200 + 2
+    assert len(list(tmp_path.rglob("*.jpg"))) == 30 + 30
     DatasetCatalog.get("digits_val")
     used = Path(MetadataCatalog.get("digits_val").json_file).parent.parent
-    for name in ("val.json", "train.json", "val/000007.jpg"):
-        (path,) = tmp_path.rglob(name)
-        assert path.read_bytes() == (used / path.parent.name / path.name).read_bytes()
+    for split in ("train", "val"):
+        (path,) = tmp_path.rglob(f"{split}.json")
+        here, there = (json.loads(file.read_text()) for file in (path, used / "annotations" / f"{split}.json"))
+        assert here["images"] == there["images"][:30] and here["categories"] == there["categories"]
+        assert here["annotations"] == [entry for entry in there["annotations"] if entry["image_id"] <= 30]
+        for image in tmp_path.rglob(f"{split}/*.jpg"):
+            assert image.read_bytes() == (used / split / image.name).read_bytes()

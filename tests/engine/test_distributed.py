@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 
 from helpers import BATCH, BEYOND, DN, ROOT, SMCA, frozen_statistics, make_step, run_steps, tiny_model
-from processes import CONFIG, environment, run_script, start_processes
+from processes import CONFIG, Script, as_torchrun, environment, free_port, run_script, start_processes
 from samdetr.modeling.criterion import average_over_processes
 
 # The second of two processes gets images without a single box.
@@ -88,42 +87,37 @@ def test_normalisers_are_averaged_over_processes(tmp_path):
         assert torch.load(tmp_path / f"{rank}.pt").tolist() == [1.5, 1.0]
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 def train_net_by(launcher, *arguments):
-    """Run train_net.py in two processes; return exit codes and the output."""
-    script, arguments = str(ROOT / "train_net.py"), [*CONFIG, *map(str, arguments)]
-    one_thread = environment(threads=1)
-    common = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    if launcher == "slurm":
-        slurm = {
-            "SLURM_STEP_NUM_TASKS": "2",
-            "SLURM_STEP_NUM_NODES": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_port(),
-        }
-        tasks = [{**one_thread, **slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
-        processes = [subprocess.Popen([sys.executable, script, *arguments], env=task, **common) for task in tasks]
-    elif launcher == "torchrun":
+    """Run train_net.py in two processes; return exit codes and the output.
+
+    With "detectron2" and "torchrun", they are started as a user does; the others are forked, see :class:`Script`.
+    """
+    arguments = [*CONFIG, *map(str, arguments)]
+    if launcher in ("detectron2", "torchrun"):
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-        processes = [subprocess.Popen([sys.executable, *torchrun, script, *arguments], env=one_thread, **common)]
+        command = [sys.executable, *(torchrun if launcher == "torchrun" else []), str(ROOT / "train_net.py")]
+        command += [*(["--num-gpus", "2"] if launcher == "detectron2" else []), *arguments]
+        result = subprocess.run(command, env=environment(threads=1), capture_output=True, text=True, timeout=300)
+        return [result.returncode], result.stdout + result.stderr
+    if launcher == "slurm":
+        common = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        variables = [{**common, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+        scripts = [Script("train_net.py", *arguments, threads=1, variables=task) for task in variables]
+    elif launcher == "torchrun's variables":
+        scripts = as_torchrun("train_net.py", *arguments)
     else:
         url = ["--dist-url", f"tcp://127.0.0.1:{free_port()}"]
-        machines = [["--num-gpus", "2"]]
-        if launcher == "two machines":
-            machines = [["--num-machines", "2", "--machine-rank", str(rank)] for rank in range(2)]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, script, *arguments[:2], *url, *machine, *arguments[2:]], env=one_thread, **common
-            )
-            for machine in machines
+        machines = {
+            "one machine": [["--num-gpus", "2"]],
+            "two machines": [["--num-machines", "2", "--machine-rank", str(rank)] for rank in range(2)],
+        }
+        scripts = [
+            Script("train_net.py", *arguments[:2], *url, *machine, *arguments[2:], threads=1)
+            for machine in machines[launcher]
         ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    return [process.returncode for process in processes], "".join(outputs)
+    results = [script.wait() for script in scripts]
+    return [result.returncode for result in results], "".join(result.stdout + result.stderr for result in results)
 
 
 @pytest.mark.slow
@@ -135,17 +129,17 @@ def test_the_script_trains_in_two_processes(launcher, tmp_path):
     assert "World size: 2" in (tmp_path / "log.txt").read_text()
     assert (tmp_path / "model_final.pth").exists()
     if launcher == "torchrun":
-        codes, output = train_net_by(launcher, "--resume", *options, "SOLVER.MAX_ITER", 3)
+        codes, output = train_net_by("torchrun's variables", "--resume", *options, "SOLVER.MAX_ITER", 3)
         assert not any(codes) and "Starting training from iteration 2" in output, output[-3000:]
 
 
 @pytest.mark.slow
 def test_mistakes_end_in_one_line_with_several_processes(tmp_path):
-    codes, output = train_net_by("detectron2", "MODEL.SAMDETR.NUM_CLASSES", 3, "OUTPUT_DIR", tmp_path)
+    codes, output = train_net_by("one machine", "MODEL.SAMDETR.NUM_CLASSES", 3, "OUTPUT_DIR", tmp_path)
     assert codes == [1] and "set MODEL.SAMDETR.NUM_CLASSES 10" in output.splitlines()[-1]
     torch.save({"model": tiny_model("MODEL.SAMDETR.NUM_QUERIES", 3).state_dict()}, tmp_path / "other.pth")
     arguments = ["MODEL.WEIGHTS", tmp_path / "other.pth", "OUTPUT_DIR", tmp_path / "run"]
-    codes, output = train_net_by("detectron2", *arguments)
+    codes, output = train_net_by("one machine", *arguments)
     assert codes == [1] and "is of another architecture than the config" in output and "Traceback" not in output
 
 
@@ -157,8 +151,8 @@ def test_predictions_are_the_same_for_any_number_of_workers_and_processes(tmp_pa
         folder = tmp_path / f"workers{workers}"
         result = run_script("train_net.py", *CONFIG, *arguments, folder, "DATALOADER.NUM_WORKERS", workers, threads=1)
         assert result.returncode == 0, result.stderr[-3000:]
-    codes, output = train_net_by("torchrun", *arguments, tmp_path / "processes")
-    assert codes == [0], output[-3000:]
+    codes, output = train_net_by("torchrun's variables", *arguments, tmp_path / "processes")
+    assert codes == [0, 0], output[-3000:]
     found = []
     for run_name in ("workers0", "workers2", "processes"):
         with open(os.path.join(tmp_path, run_name, "inference", "coco_instances_results.json")) as f:

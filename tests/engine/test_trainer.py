@@ -100,7 +100,7 @@ def test_a_run_ends_when_its_ap_no_longer_rises(tmp_path, monkeypatch, caplog):
         return {"bbox": {"AP": values[min(trainer.iter + 1, len(values))]}}
 
     monkeypatch.setattr(Trainer, "_evaluate", scripted)
-    options = ["DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 100]
+    options = ["DATASETS.TEST", ("digits_val_20",), "TEST.EVAL_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 100]
 
     def run(patience, folder="stopped", resume=False):
         return train(trainer_config(tmp_path / folder, *options, "SOLVER.PATIENCE", patience), resume)
@@ -205,7 +205,7 @@ def test_the_average_follows_its_formula_and_is_what_is_evaluated(tmp_path):
 
 def test_a_damaged_best_checkpoint_does_not_end_a_resumed_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": 12.0}})
-    options = ["DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 2]
+    options = ["DATASETS.TEST", ("digits_val_20",), "TEST.EVAL_PERIOD", 2]
     train_until(start(trainer_config(tmp_path, *options)), 4)
     (tmp_path / "model_best.pth").write_bytes(b"half")
     train(trainer_config(tmp_path, *options), resume=True)
@@ -217,7 +217,7 @@ def test_a_damaged_best_checkpoint_does_not_end_a_resumed_run(tmp_path, monkeypa
 def test_the_best_weights_are_remembered_when_a_run_is_resumed(tmp_path, monkeypatch, scores):
     remaining = iter(scores)
     monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": next(remaining)}})
-    options = ["DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 2]
+    options = ["DATASETS.TEST", ("digits_val_20",), "TEST.EVAL_PERIOD", 2]
     train_until(start(trainer_config(tmp_path, *options)), 4)
     best = torch.load(tmp_path / "model_best.pth", weights_only=True)
     assert (best["metric"], best["iteration"]) == (scores[0], 1)
@@ -246,7 +246,7 @@ def test_a_complete_run_without_a_good_final_checkpoint_writes_it(tmp_path, fina
 
 def test_metrics_name_every_iteration_once_however_often_a_run_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": 12.0}})
-    options = ["DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 3]
+    options = ["DATASETS.TEST", ("digits_val_20",), "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 3]
     train(trainer_config(tmp_path / "whole", *options))
     train_until(start(trainer_config(tmp_path / "stopped", *options)), 5)
     for _ in range(3):
@@ -316,7 +316,7 @@ def test_fewer_steps_than_a_run_has_are_refused(tmp_path):
 @pytest.mark.parametrize("metric", [float("nan"), float("inf")])
 def test_a_best_ap_that_is_none_is_replaced(metric, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": 12.0}})
-    options = ["DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 2]
+    options = ["DATASETS.TEST", ("digits_val_20",), "TEST.EVAL_PERIOD", 2]
     train_until(start(trainer_config(tmp_path, *options)), 4)
     data = torch.load(tmp_path / "model_best.pth", weights_only=True)
     torch.save({**data, "metric": metric}, tmp_path / "model_best.pth")

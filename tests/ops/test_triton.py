@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from helpers import DN, MULTI_SCALE, SMCA, make_input, tiny_model
+from helpers import DN, SMCA, TWO_LEVELS, make_input, tiny_model
 from samdetr.ops.attention import attend, attend_plain
 from samdetr.ops.deformable_sampling import deformable_sampling, deformable_sampling_plain
 from samdetr.ops.runtime import triton_runs_on
@@ -94,7 +94,7 @@ def test_eight_hundred_queries():
 
 @pytest.mark.slow
 def test_a_model_trains_with_them_as_without():
-    options = [*SMCA, *DN, *MULTI_SCALE, "MODEL.DEVICE", DEVICE]
+    options = [*SMCA, *DN, *TWO_LEVELS, "MODEL.DEVICE", DEVICE]
     inputs = [make_input(40, 56, [(5, 5, 40, 35)], [3]), make_input(32, 64, [(9, 5, 50, 25)], [1])]
     results = {}
     for kernels in ("torch", "triton"):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from helpers import ROOT
-from processes import environment
+from processes import environment, run_tool
 
 SCRIPT = """
 import json, sys
@@ -44,10 +44,7 @@ def test_a_step_waits_for_costs_and_losses_only_and_its_operations_only_become_f
         assert 0.3 < gibibytes < 2.5, name  # weights, gradients and moments alone are 0.8
 
 
-def test_only_this_projects_model_is_counted(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "measure" / "cuda_cost.py"), "--config-file"]
-    done = subprocess.run(
-        [*command, "baselines/faster_rcnn_R_50_FPN_1x"], capture_output=True, text=True, env=environment()
-    )
+def test_only_this_projects_model_is_counted():
+    done = run_tool("measure/cuda_cost.py", "--config-file", "baselines/faster_rcnn_R_50_FPN_1x")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: MODEL.META_ARCHITECTURE is 'GeneralizedRCNN'")

@@ -1,14 +1,11 @@
 """tools/measure/validate_cuda.py: a part that fails or takes too long is reported, and the rest goes on."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import validate_cuda
 
-from helpers import ROOT
-from processes import environment
+from processes import run_tool
 
 MACHINE = {"card": "H100", "torch": "2.14"}
 
@@ -57,8 +54,7 @@ def test_one_measurement_on_the_cpu(tmp_path):
 
 
 def test_without_a_gpu_it_says_what_can_be_done():
-    command = [sys.executable, str(ROOT / "tools" / "measure" / "validate_cuda.py"), "--output", "unused"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**environment(), "CUDA_VISIBLE_DEVICES": ""})
+    done = run_tool("measure/validate_cuda.py", "--output", "unused", variables={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1
     assert (
         done.stderr.splitlines()[-1] == "error: There is no CUDA device here. --device cpu tries all that needs none."

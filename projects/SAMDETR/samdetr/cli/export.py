@@ -21,7 +21,7 @@ model's ten best detections per image, the file must find a share with the same 
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from .common import IMAGE_SUFFIXES, add_model_arguments, load_predictor, output_
 NEEDED = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".xml": ("onnx", "onnxscript", "openvino"), ".pt2": ()}
 LARGEST_DIFFERENCE = 1e-4
 SMALLEST_SHARE = {"float16": 0.95, "int8": 0.8}
+Detect = Callable[[np.ndarray], dict[str, np.ndarray]]  # see open_exported
 CALIBRATION_IMAGES, CHECK_IMAGES = 120, 30  # a fifth of fewer images is for the check
 
 
@@ -48,10 +49,10 @@ def outputs_of(predictor: Predictor, images: torch.Tensor) -> dict[str, np.ndarr
     return {"boxes": boxes, "scores": scores, "classes": classes}
 
 
-def largest_difference(predictor: Predictor, path: Path, size: tuple[int, int], batch: int) -> float:
-    """Return the largest difference between the file's outputs and the model's, for random images."""
+def largest_difference(predictor: Predictor, detect: Detect, size: tuple[int, int], batch: int) -> float:
+    """Return the largest difference between an exported file's outputs and the model's, for random images."""
     images = 255 * torch.rand(batch, 3, *size)
-    expected, found = outputs_of(predictor, images), open_exported(path)(images.numpy())
+    expected, found = outputs_of(predictor, images), detect(images.numpy())
     scores = expected["scores"]
     difference = float(np.abs(found["scores"] - scores).max())
     # Where scores are equal up to rounding, their order is arbitrary: compare those without such a neighbour.
@@ -62,18 +63,17 @@ def largest_difference(predictor: Predictor, path: Path, size: tuple[int, int], 
     return max(difference, float(np.abs(found["boxes"] - expected["boxes"])[apart].max()))
 
 
-def share_found(predictor: Predictor, path: Path, batches: Iterable[torch.Tensor]) -> float:
+def share_found(predictor: Predictor, detect: Detect, batches: Iterable[torch.Tensor]) -> float:
     """Return the share of the model's ten best detections per image that a file finds, too, wherever it ranks them.
 
     Args:
         predictor: the model.
-        path: of the exported file.
+        detect: the exported file, opened.
         batches: images (B, 3, H, W) each.
 
     Returns:
         In [0, 1]: the share with a detection of the same class, an IoU of 0.75 or more and a score within 0.1.
     """
-    detect = open_exported(path)
     shares = []
     for images in batches:
         expected, found = outputs_of(predictor, images), detect(images.numpy())
@@ -160,8 +160,9 @@ def files_of(path: Path) -> list[Path]:
 
 
 def check_outputs(predictor: Predictor, path: Path, sizes: list[tuple[int, int]]) -> None:
+    detect = open_exported(path)
     for batch, size in enumerate(sizes, 1):
-        difference = largest_difference(predictor, path, size, batch)
+        difference = largest_difference(predictor, detect, size, batch)
         print(f"{batch} x {size[0]} x {size[1]}: largest difference from the model {difference:.1e}")
         if difference > LARGEST_DIFFERENCE:
             raise UserError(
@@ -170,7 +171,7 @@ def check_outputs(predictor: Predictor, path: Path, sizes: list[tuple[int, int]]
 
 
 def check_share(predictor: Predictor, path: Path, batches: list[torch.Tensor], smallest: float) -> None:
-    share = share_found(predictor, path, batches)
+    share = share_found(predictor, open_exported(path), batches)
     print(f"{100 * share:.1f} % of the model's ten best detections per image are found")
     if share < smallest:
         raise UserError(

@@ -241,12 +241,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}: it must be 1 or more.")
+    files, names = files_and_names(arguments, Path(arguments.output))
     if arguments.track:
+        if not any(file.suffix.lower() in VIDEO_SUFFIXES for file in files):
+            raise UserError("--track follows the objects of videos, and there is none: name one.", argument="input")
         import_extra("trackers", "trackers")
     folder = output_folder(arguments.output)
-    files, names = files_and_names(arguments, folder)
-    if arguments.track and not any(file.suffix.lower() in VIDEO_SUFFIXES for file in files):
-        raise UserError("--track follows the objects of videos, and there is none: name one.", argument="input")
     if was_launched():
         with joined_processes(cuda=torch.cuda.is_available() and arguments.device != "cpu"):
             return predict(files, names, folder, arguments)

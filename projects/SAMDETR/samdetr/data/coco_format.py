@@ -5,6 +5,7 @@ a model is trained on and evaluated against: those without an area or outside th
 its edge are cut there. Masks and keypoints are not read.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -195,6 +196,13 @@ class CocoAnnotations:
                 self.file_names, self.sizes.tolist(), self.image_ids, annotations
             )
         ]
+
+    def first(self, number: int) -> "CocoAnnotations":
+        """Return the annotations of the first images alone."""
+        kept = self.image_index < number
+        boxes = {name: getattr(self, name)[kept] for name in ("image_index", "class_index", "boxes", "areas", "crowd")}
+        images = {name: getattr(self, name)[:number] for name in ("image_ids", "file_names", "sizes")}
+        return dataclasses.replace(self, **images, **boxes)
 
     def ground_truth(self) -> dict[str, list[dict]]:
         """Return the content of a file in COCO's format that pycocotools can evaluate; annotations are numbered from 1."""

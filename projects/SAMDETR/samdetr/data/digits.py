@@ -3,7 +3,8 @@
 Real scans of handwritten digits (8 x 8 pixels, from scikit-learn's bundled copy of the UCI set) are scaled, rotated, coloured
 and pasted over crops of scikit-learn's two bundled photographs, sometimes overlapping. Training and validation use different
 scans and different regions of the photographs. The images are the same every time. They are written once, as JPEG files and
-a COCO-format JSON, below ``$DETECTRON2_DATASETS`` (by default ``./datasets``), and read like COCO.
+a COCO-format JSON, below ``$DETECTRON2_DATASETS`` (by default ``./datasets``), and read like COCO. ``digits_val_20`` is the
+first 20 images of ``digits_val``, for runs of seconds.
 """
 
 import json
@@ -51,13 +52,9 @@ _SPLITS = {
     "val": _Split(num_images=200, seed=2, scans=slice(1400, None), columns=slice(440, None)),
 }
 
-DIGITS_DATASETS = [f"digits_{split}" for split in _SPLITS]
-
-
-def _dataset_paths(root: str, split: str) -> tuple[str, str]:
-    """Return the annotation file and the image folder."""
-    folder = os.path.join(root, _FOLDER)
-    return os.path.join(folder, "annotations", f"{split}.json"), os.path.join(folder, split)
+# The split of each dataset, and how many of its images.
+_DATASETS = {"digits_train": ("train", None), "digits_val": ("val", None), "digits_val_20": ("val", 20)}
+DIGITS_DATASETS = list(_DATASETS)
 
 
 def _draw_scan(scan: np.ndarray, height: float, angle: float) -> np.ndarray:
@@ -193,18 +190,20 @@ def _write_split(
         json.dump({"images": images, "annotations": annotations, "categories": categories}, f)
 
 
-def _read_digits(root: str, json_file: str, image_root: str) -> CocoAnnotations:
+def _read_digits(root: str, json_file: str, image_root: str, number: int | None) -> CocoAnnotations:
     write_digits(root)
-    return read_coco(json_file, image_root)
+    annotations = read_coco(json_file, image_root)
+    return annotations if number is None else annotations.first(number)
 
 
 def register_digits(root: str) -> None:
-    """Register ``digits_train`` and ``digits_val``; the files are written when a dataset is first loaded."""
-    for split in _SPLITS:
-        json_file, image_root = _dataset_paths(root, split)
+    """Register the datasets of :data:`DIGITS_DATASETS`; the files are written when one is first loaded."""
+    for name, (split, number) in _DATASETS.items():
+        folder = os.path.join(root, _FOLDER)
+        json_file, image_root = os.path.join(folder, "annotations", f"{split}.json"), os.path.join(folder, split)
         register_source(
-            AnnotationSource(json_file, image_root, partial(_read_digits, root, json_file, image_root)),
-            f"digits_{split}",
+            AnnotationSource(json_file, image_root, partial(_read_digits, root, json_file, image_root, number)),
+            name,
             class_names=DIGIT_CLASSES,
             category_ids=range(1, len(DIGIT_CLASSES) + 1),
         )
