@@ -3,8 +3,6 @@
 import contextlib
 import fcntl
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import scheduler
 from experiment import collect, config_of, read_curve, read_experiment
 from summary import first_reaching, make_plot, make_table, read_results
 
-from processes import ROOT, environment
+from processes import ROOT, Script, run_script
 from samdetr.errors import UserError
 
 TINY_PATH = "configs/quick_schedules/sam_detr_digits_instant_test.yaml"
@@ -185,38 +183,40 @@ def test_results_without_curves_are_refused(tmp_path):
             read_results(tmp_path / "experiments.json", {"a"})
 
 
-def tool(*arguments):
-    command = [sys.executable, str(ROOT / "tools" / "experiments" / "run_experiments.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+TOOL = "tools/experiments/run_experiments.py"
 
 
 def test_two_at_once_in_one_folder_are_refused(tmp_path):
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        process = tool("--experiment", experiment_file(tmp_path), "--output", tmp_path / "out")
-        assert (
-            "another run_experiments.py, or a run that it has started, works there"
-            in process.communicate(timeout=120)[0]
-        )
-    assert process.returncode == 1
+        result = run_script(TOOL, "--experiment", experiment_file(tmp_path), "--output", tmp_path / "out")
+    assert result.returncode == 1
+    assert "another run_experiments.py, or a run that it has started, works there" in result.stderr
 
 
 @pytest.mark.slow
 def test_an_experiment_that_is_stopped_goes_on(tmp_path):
-    arguments = ["--experiment", experiment_file(tmp_path), "--output", tmp_path / "out"]
-    process = tool(*arguments, "--jobs", 2)
+    text = f"""
+goals: []
+groups:
+  - title: "One"
+    runs:
+      - {{name: slow, config: {TINY_PATH}, seeds: [1, 2]}}
+      - {{name: other, config: {TINY_PATH}, seeds: [1]}}
+"""
+    arguments = ["--experiment", experiment_file(tmp_path, text), "--output", tmp_path / "out", "--only", "slow"]
+    script = Script(TOOL, *arguments)
     checkpoints = tmp_path / "out" / "runs" / "slow" / "seed1"
     deadline = time.time() + 120
     while not list(checkpoints.glob("model_0000002.pth")):
-        assert time.time() < deadline and process.poll() is None
+        assert time.time() < deadline and script.process.is_alive()
         time.sleep(0.1)
-    process.terminate()
-    assert "the same command continues from here" in process.communicate(timeout=120)[0]
+    script.process.terminate()
+    assert "the same command continues from here" in script.wait().stderr
 
-    process = tool(*arguments, "--only", "slow", "--jobs", 2)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
+    result = run_script(TOOL, *arguments, "--jobs", 2)
+    assert result.returncode == 0, result.stdout + result.stderr
     results = json.loads((tmp_path / "out" / "experiments.json").read_text())
     assert [(r["name"], r["seed"]) for r in results] == [("slow", 1), ("slow", 2)]
     steps = [[point[0] for point in result["curve"]] for result in results]
@@ -225,9 +225,7 @@ def test_an_experiment_that_is_stopped_goes_on(tmp_path):
     assert (tmp_path / "out" / "experiments.png").stat().st_size > 10_000
     before = (checkpoints / "model_final.pth").stat().st_mtime
 
-    process = tool(*arguments, "--only", "slow")
-    output = process.communicate(timeout=120)[0]
-    assert "2 of 2 runs are complete" in output
+    assert "2 of 2 runs are complete" in run_script(TOOL, *arguments).stdout
     assert (checkpoints / "model_final.pth").stat().st_mtime == before
     assert collect(read_experiment(arguments[1]), tmp_path / "out") == results
 
@@ -242,10 +240,9 @@ groups:
       - {{name: bad, config: {TINY_PATH}, seeds: [1], options: [SOLVER.BASE_LR, 1000.0, SOLVER.CLIP_GRADIENTS.ENABLED, False]}}
       - {{name: good, config: {TINY_PATH}, seeds: [1]}}
 """
-    process = tool("--experiment", experiment_file(tmp_path, text), "--output", tmp_path / "out")
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 1
-    assert "bad, seed 1: FAILED" in output and "good, seed 1: AP" in output
+    result = run_script(TOOL, "--experiment", experiment_file(tmp_path, text), "--output", tmp_path / "out")
+    assert result.returncode == 1
+    assert "bad, seed 1: FAILED" in result.stdout and "good, seed 1: AP" in result.stdout
     assert [r["name"] for r in json.loads((tmp_path / "out" / "experiments.json").read_text())] == ["good"]
 
 
