@@ -24,6 +24,19 @@ def test_backbone_has_its_own_rate_and_decay_applies_to_everything():
     assert not any(name.startswith(("backbone.stem", "backbone.res2")) for name in trainable)
 
 
+def test_a_detector_may_have_slower_parameters():
+    pytest.importorskip("transformers")
+    options = ["MODEL.META_ARCHITECTURE", "TransformersDETR", "MODEL.TRANSFORMERS.DETECTOR", "deformable_detr"]
+    cfg = tiny_config(*options)
+    model = build_model(cfg)
+    rates = {id(p): group["lr"] for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
+    slow = {name for name, p in model.named_parameters() if p.requires_grad and rates[id(p)] < cfg.SOLVER.BASE_LR}
+    slow = {name for name in slow if not name.startswith("backbone.")}
+    assert {name.split(".")[-2] for name in slow} == {"sampling_offsets", "reference_points"}
+    parameters = dict(model.named_parameters())
+    assert all(rates[id(parameters[name])] == pytest.approx(cfg.SOLVER.BASE_LR / 10) for name in slow)
+
+
 def test_gradients_are_clipped_together():
     a, b = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4))
     optimizer = FullModelClippingAdamW([{"params": [a]}, {"params": [b]}], lr=0.1, max_norm=0.1)

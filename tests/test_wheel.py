@@ -67,4 +67,4 @@ def test_a_wheel_works_from_any_directory(tmp_path):
         [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=variables, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split() == ["375000", "samdetr", __version__]
+    assert result.stdout.split() == ["375000", "samdetr", __version__] and not result.stderr

@@ -6,11 +6,17 @@ cfg = samdetr.load_config("sam_detr_R_50_1x")   # one of this project's configs,
 samdetr.add_samdetr_config(cfg)                 # in other detectron2 code: add the MODEL.SAMDETR node
 """
 
+import warnings
+
 from .about import INSTALL_DETECTRON2, __version__
 
 try:
-    import detectron2  # noqa: F401
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # fvcore's and its own, about torch.jit
+        import detectron2.modeling  # noqa: F401
 except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "detectron2":
+        raise
     raise ModuleNotFoundError(f"samdetr needs detectron2. This line brings it: {INSTALL_DETECTRON2}") from error
 
 from . import checkpoint, data

@@ -1,7 +1,5 @@
 """AdamW with a separate learning rate for the backbone, clipping over the whole model (as published), mixed precision."""
 
-from functools import partial
-
 import torch
 from detectron2.solver.build import build_optimizer as build_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -95,8 +93,8 @@ def backbone_lr_factor(name: str, multiplier: float) -> float:
 def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer that ``cfg.SOLVER.OPTIMIZER`` names: detectron2's SGD, or AdamW.
 
-    With AdamW, parameters of ``model.backbone`` learn at ``BASE_LR * BACKBONE_MULTIPLIER``, all others at ``BASE_LR``;
-    frozen ones are left out. Weight decay applies to everything, as published, unless ``WEIGHT_DECAY_NORM`` or
+    With AdamW, parameters of ``model.backbone`` learn at ``BASE_LR * BACKBONE_MULTIPLIER``, all others at ``BASE_LR``, each
+    times ``model.lr_factor(name)`` if the model has such a method; frozen ones are left out. Weight decay applies to everything, as published, unless ``WEIGHT_DECAY_NORM`` or
     ``WEIGHT_DECAY_BIAS`` say otherwise.
 
     Raises:
@@ -104,6 +102,8 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
     """
     if cfg.SOLVER.OPTIMIZER == "SGD":
         return build_sgd(cfg, model)
+    own_factor = getattr(model, "lr_factor", lambda name: 1.0)
+    multiplier = cfg.SOLVER.BACKBONE_MULTIPLIER
     parameters = get_default_optimizer_params(
         model,
         base_lr=cfg.SOLVER.BASE_LR,
@@ -111,7 +111,7 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
         weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-        lr_factor_func=partial(backbone_lr_factor, multiplier=cfg.SOLVER.BACKBONE_MULTIPLIER),
+        lr_factor_func=lambda name: backbone_lr_factor(name, multiplier) * own_factor(name),
     )
     # A fused step passes over the weights once instead of a dozen times.
     fused = all(p.device.type in ("cpu", "cuda") for group in parameters for p in group["params"])

@@ -65,6 +65,10 @@ class SetDetector(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
+    def lr_factor(self, name: str) -> float:
+        """Return the factor of the learning rate for the parameter ``name``; not 1 where a detector's authors say so."""
+        return 1.0
+
     def forward(self, batched_inputs: list[dict], normalizers: Tensor | None = None) -> dict[str, Tensor] | list[dict]:
         """Compute the losses of a batch of images in training, and detections in evaluation.
 
