@@ -207,6 +207,6 @@ def test_image_by_image_it_agrees_with_the_run(run_folder):
     written = json.loads((run_folder / "evaluation.json").read_text())["results"]["bbox"]
     written = {name: math.nan if value is None else value for name, value in written.items()}
     assert evaluation.results == pytest.approx(written, abs=1e-6, nan_ok=True)
-    assert len(evaluation.records) == len(evaluation.detections) == len(evaluation.quality) == 200
+    assert len(evaluation.records) == len(evaluation.detections) == len(evaluation.quality) == 20
     assert evaluation.precision.shape == (10, 101)
     assert 100 * evaluation.precision.mean() == pytest.approx(written["AP"], abs=1e-6)

@@ -13,7 +13,8 @@ Prints one JSON object:
 * ``traffic_gb``: bytes that these operations read and write, if nothing is cached, in 10^9;
 * ``peak_gib``: the largest sum of tensors alive at once, parameters and optimizer included, in 2^30.
 
-Everything is in float32. The assignment in matching is made up, since it needs numbers; its transfer and the costs count.
+Mixed precision is that of the config (``SOLVER.AMP.ENABLED True``, ``SOLVER.AMP.PRECISION float16``), with torch's rules for
+CUDA. The assignment in matching is made up, since it needs numbers; its transfer and the costs count.
 Norms, clipping and the optimizer's step count as one operation each, as torch's kernels for many tensors at once are.
 """
 
@@ -29,6 +30,7 @@ from unittest import mock
 
 import torch
 from detectron2.structures import Boxes, ImageList, Instances
+from pretended_autocast import forget_casts, register_autocast
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -138,6 +140,8 @@ class Cost(TorchDispatchMode):
 class FusedAdamW(FullModelClippingAdamW):
     """Costs what the fused optimizer costs on CUDA: one operation each for the norms, for clipping and for the step."""
 
+    _step_supports_amp_scaling = True  # torch's, too: its kernel itself skips a step whose gradients overflow
+
     def __init__(self, *args, cost: Cost, **kwargs):
         super().__init__(*args, **kwargs)
         self.cost = cost
@@ -213,7 +217,8 @@ def measure(cfg, size: tuple[int, int], batch: int, boxes: int) -> Cost:
     backend = torch._C._get_privateuse1_backend_name()
     if backend == "privateuseone":
         _setup_privateuseone_for_python_backend(DEVICE)
-        getattr(torch, DEVICE).get_amp_supported_dtype = lambda: [torch.bfloat16]
+        getattr(torch, DEVICE).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+        register_autocast(DEVICE)
     device = torch.device(DEVICE)
     model = build_detector(cfg)
     # Both steps have the same targets, which are made on the CPU from numbers, and then uploaded.
@@ -247,6 +252,7 @@ def measure(cfg, size: tuple[int, int], batch: int, boxes: int) -> Cost:
         step = TrainStep(cfg, model, Loader(batches(size, batch, boxes, cfg.MODEL.SAMDETR.NUM_CLASSES)), optimizer)
         step._write_metrics = lambda losses, data_time: None  # they are on the CPU by then
         for step.iter in range(2):
+            forget_casts()
             cost.start_again()
             step.run_step()
     return cost

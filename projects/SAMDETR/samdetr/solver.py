@@ -94,8 +94,8 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer that ``cfg.SOLVER.OPTIMIZER`` names: detectron2's SGD, or AdamW.
 
     With AdamW, parameters of ``model.backbone`` learn at ``BASE_LR * BACKBONE_MULTIPLIER``, all others at ``BASE_LR``, each
-    times ``model.lr_factor(name)`` if the model has such a method; frozen ones are left out. Weight decay applies to everything, as published, unless ``WEIGHT_DECAY_NORM`` or
-    ``WEIGHT_DECAY_BIAS`` say otherwise.
+    times ``model.lr_factor(name)`` if the model has such a method; frozen ones are left out. Weight decay applies to
+    everything, as published, unless ``WEIGHT_DECAY_NORM`` or ``WEIGHT_DECAY_BIAS`` say otherwise.
 
     Raises:
         UserError: ``CLIP_GRADIENTS`` asks for clipping over the full model by something other than the norm.

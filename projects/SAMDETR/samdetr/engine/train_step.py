@@ -69,10 +69,7 @@ class TrainStep(SimpleTrainer):
         # One transfer of all numbers: each by itself would wait for the device.
         norm, *values = torch.stack([self._measure_gradients(), *losses.values()]).cpu()
         losses = dict(zip(losses, values))
-        # With a scaler, overflowing gradients are part of its search for a scale, and it skips the step by itself. But once
-        # the scale is this small, something else must be wrong.
-        searching = self.scaler.is_enabled() and self.scaler.get_scale() >= _SMALLEST_LOSS_SCALE
-        own = all(math.isfinite(value) for value in (values if searching else [norm, *values]))
+        own = all(map(math.isfinite, values)) and (math.isfinite(norm) or self._searches_for_a_scale())
         finite = self._agree(own)
         if finite:
             self._write_metrics(losses, data_time)
@@ -84,6 +81,13 @@ class TrainStep(SimpleTrainer):
                 for buffer, value in zip(statistics, before):
                     buffer.copy_(value)
             self._handle_non_finite(losses, norm, data, own)
+
+    def _searches_for_a_scale(self) -> bool:
+        """Return whether gradients may overflow: the scaler then skips the step by itself, and takes a smaller scale.
+
+        Once its scale is very small, something else must be wrong.
+        """
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= _SMALLEST_LOSS_SCALE
 
     def _agree(self, own_is_finite: bool) -> bool:
         """Decide alike in all processes: return whether all are finite, and set :attr:`agreed_signal`."""
