@@ -145,6 +145,9 @@ class FusedAdamW(FullModelClippingAdamW):
     def __init__(self, *args, cost: Cost, **kwargs):
         super().__init__(*args, **kwargs)
         self.cost = cost
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        # As after a first step.
+        self.moments = {parameter: [torch.zeros_like(parameter) for _ in range(2)] for parameter in parameters}
 
     def measure_gradients(self) -> torch.Tensor:
         with self.cost.joined():
@@ -156,10 +159,8 @@ class FusedAdamW(FullModelClippingAdamW):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, self._measured_norm)
         with self.cost.joined():
             for parameter in parameters:
-                state = self.state[parameter]
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = state[name].mul_(0.9) if name in state else torch.zeros_like(parameter)
-                parameter.data.addcdiv_(state["exp_avg"], state["exp_avg_sq"])
+                first, second = self.moments[parameter]
+                parameter.data.addcdiv_(first.mul_(0.9), second.mul_(0.9))
 
 
 def pretend(module: torch.nn.Module, device: torch.device) -> None:
@@ -213,7 +214,7 @@ class Loader:
 
 
 def measure(cfg, size: tuple[int, int], batch: int, boxes: int) -> Cost:
-    """Return the cost of the second training step of a model."""
+    """Return the cost of a training step of a model, not its first."""
     backend = torch._C._get_privateuse1_backend_name()
     if backend == "privateuseone":
         _setup_privateuseone_for_python_backend(DEVICE)
@@ -251,10 +252,12 @@ def measure(cfg, size: tuple[int, int], batch: int, boxes: int) -> Cost:
         optimizer = FusedAdamW(parameters, max_norm=cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE, cost=cost)
         step = TrainStep(cfg, model, Loader(batches(size, batch, boxes, cfg.MODEL.SAMDETR.NUM_CLASSES)), optimizer)
         step._write_metrics = lambda losses, data_time: None  # they are on the CPU by then
-        for step.iter in range(2):
-            forget_casts()
-            cost.start_again()
-            step.run_step()
+        step.iter = 1
+        with torch.no_grad(), step.autocast():
+            model(inputs)  # keeps folded norms and embeddings of positions
+        forget_casts()
+        cost.start_again()
+        step.run_step()
     return cost
 
 
