@@ -12,7 +12,8 @@ run the tool writes OUTPUT/experiments.json (the raw curves) and experiments.png
 --report-only makes plot and table again from the curves.
 
 Seconds are those of an undisturbed step times the steps: training alone, without evaluation, on this machine. An undisturbed
-step is the tenth percentile of the times that a run has logged, because machines do other things now and then.
+step is the tenth percentile of the times that a run has logged, because machines do other things now and then, and that of
+the fastest seed counts for all seeds, because they compute the same.
 """
 
 import argparse

@@ -15,6 +15,11 @@ def curves_of(results: list[dict], name: str) -> list[list[list[float]]]:
     return [result["curve"] for result in results if result["name"] == name]
 
 
+def seconds_per_step(curves: list[list[list[float]]]) -> float:
+    """Return the fastest seed's: all seeds compute the same, and what takes one of them longer is its machine."""
+    return min(curve[-1][1] / curve[-1][0] for curve in curves)
+
+
 def first_reaching(curve: list[list[float]], ap: float) -> list[float] | None:
     """Return the first evaluation with that AP or more; None if there is none."""
     return next((point for point in curve if point[2] >= ap), None)
@@ -47,17 +52,14 @@ def make_table(experiment: Experiment, results: list[dict]) -> str:
                 continue
             final = [curve[-1][2] for curve in curves]
             spread = f" ± {stdev(final):.1f}" if len(final) > 1 else ""
+            seconds = seconds_per_step(curves)
             row = [entry.name, len(curves), curves[0][-1][0], f"{fmean(final):.1f}{spread}"]
             for ap in goals.values():
-                reached = [point for curve in curves if (point := first_reaching(curve, ap))]
-                where = (
-                    f"step {fmean(p[0] for p in reached):.0f}, {fmean(p[1] for p in reached):.0f} s"
-                    if reached
-                    else "no"
-                )
+                reached = [point[0] for curve in curves if (point := first_reaching(curve, ap))]
+                where = f"step {fmean(reached):.0f}, {fmean(reached) * seconds:.0f} s" if reached else "no"
                 few = f" ({len(reached)} of {len(curves)} seeds)" if 0 < len(reached) < len(curves) else ""
                 row.append(where + few)
-            rows.append([*row, f"{fmean(curve[-1][1] / curve[-1][0] for curve in curves):.3f}"])
+            rows.append([*row, f"{seconds:.3f}"])
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n"
 
 
@@ -85,9 +87,10 @@ def make_plot(experiment: Experiment, results: list[dict]) -> Figure:
 
 def draw_mean(axis, curves: list, column: int, name: str, color: str, goals: list[float]) -> None:
     """Draw a run's mean and spread over its seeds, with rings where the mean first reaches each goal."""
+    seconds = seconds_per_step(curves)
     steps = sorted(set.intersection(*({point[0] for point in curve} for curve in curves)))
     by_step = [[next(point for point in curve if point[0] == step) for curve in curves] for step in steps]
-    points = [[step, fmean(p[1] for p in same), fmean(p[2] for p in same)] for step, same in zip(steps, by_step)]
+    points = [[step, step * seconds, fmean(p[2] for p in same)] for step, same in zip(steps, by_step)]
     reached = [first_reaching(points, goal) for goal in goals]
     where = ", ".join(str(point[0]) if point else "never" for point in reached)
     label = f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)}; reached at {where})"
