@@ -17,7 +17,6 @@ NMS; the second stage of a two-stage detector gets the maximum number of proposa
 """
 
 import argparse
-import contextlib
 import csv
 import sys
 from collections import Counter
@@ -134,11 +133,14 @@ def count_flops(model: nn.Module, height: int, width: int) -> Counter:
         return Counter(
             {**{name: modules[f"model.model.{name}"] for name, _ in model.named_children()}, "total": modules[""]}
         )
-    counted = []
-    for replaced in ({}, {"roi_align": pooled_zeros, "sample_separably": sampled_zeros}):
-        with mock.patch.multiple(semantics_aligner, **replaced) if replaced else contextlib.nullcontext():
-            counted.append(analyze(ImageModel(model, (height, width)), (image,)))
-    modules, without_roi_align = counted
+    modules = analyze(ImageModel(model, (height, width)), (image,))
+    # RoIAlign is no module by itself: what the decoder costs without it, behind an encoder that does nothing.
+    replaced = {"roi_align": pooled_zeros, "sample_separably": sampled_zeros}
+    with (
+        mock.patch.object(model.encoder, "forward", lambda levels: levels),
+        mock.patch.multiple(semantics_aligner, **replaced),
+    ):
+        without_roi_align = analyze(ImageModel(model, (height, width)), (image,))
     prefix = "model.model."  # the tracing adapter's and this tool's wrapper
     counts = Counter({part: modules[prefix + part] for part in PARTS})
     for name, flops in modules.items():
@@ -147,7 +149,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> Counter:
             counts[f"decoder.{pieces[2]}"] += flops
         elif name.startswith(f"{prefix}decoder.") and pieces[0].endswith("_heads") and len(pieces) == 1:
             counts[f"decoder.{pieces[0]}"] += flops
-    counts["roi_align"] = modules[""] - without_roi_align[""]
+    counts["roi_align"] = modules[f"{prefix}decoder"] - without_roi_align[f"{prefix}decoder"]
     counts["total"] = modules[""]
     return counts
 
