@@ -170,6 +170,7 @@ def test_detectron2s_lazyconfig_train_net_trains_and_evaluates(tmp_path):
         "dataloader.train.total_batch_size=2",
         "dataloader.train.num_workers=0",
         "dataloader.test.num_workers=0",
+        "dataloader.test.dataset.name=digits_val_20",
     ]
     result = run_script(tool, "--config-file", LAZY / "sam_detr_digits.py", *options)
     assert result.returncode == 0, result.stderr[-2000:]
