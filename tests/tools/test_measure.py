@@ -157,7 +157,7 @@ def test_benchmark_reads_the_model_zoo():
 @pytest.mark.slow
 def test_padding_is_measured(tmp_path):
     torch.save({"model": build_model(tiny_config()).state_dict()}, tmp_path / "model.pth")
-    (tmp_path / "config.yaml").write_text(tiny_config().dump())
+    (tmp_path / "config.yaml").write_text(tiny_config("DATASETS.TEST", ("digits_val_20",)).dump())
     arguments = ["--config-file", tmp_path / "config.yaml", "--weights", tmp_path / "model.pth"]
     result = run_tool("measure/padding.py", *arguments)
     assert result.returncode == 0, result.stderr[-2000:]
