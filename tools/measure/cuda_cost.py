@@ -222,7 +222,7 @@ def measure(cfg, size: tuple[int, int], batch: int, boxes: int) -> Cost:
         register_autocast(DEVICE)
     device = torch.device(DEVICE)
     model = build_detector(cfg)
-    # Both steps have the same targets, which are made on the CPU from numbers, and then uploaded.
+    # Targets are made on the CPU from numbers, and then uploaded.
     inputs = next(batches(size, batch, boxes, cfg.MODEL.SAMDETR.NUM_CLASSES))
     with mock.patch.object(type(model), "device", torch.device("cpu")):
         targets = model.prepare_targets(inputs)

@@ -13,7 +13,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +25,8 @@ from samdetr.cli.common import add_model_arguments, load_predictor, run
 from samdetr.data import build_test_loader
 from samdetr.engine import Trainer
 from samdetr.errors import UserError
-from samdetr.export import ExportableModel, describe, fit_size, open_exported
+from samdetr.export import Detect, ExportableModel, describe, fit_size, open_exported
 from samdetr.predictor import Predictor
-
-Detect = Callable[[np.ndarray], dict[str, np.ndarray]]  # from images (B, 3, H, W) to outputs by name
 
 
 class ExportedDetector(nn.Module):

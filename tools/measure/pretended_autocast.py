@@ -24,6 +24,7 @@ _SUMS_IN_FLOAT32 = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", 
 _WIDEST = ("cat", "stack", "addcdiv", "addcmul", "grid_sampler", "index_put", "scatter_add")
 
 _libraries: list[torch.library.Library] = []  # what is registered is forgotten with its library
+# By the weight's id, which stays its own since the weight is kept alive beside its cast.
 _casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
@@ -55,8 +56,8 @@ def _without_autocast(call: Callable) -> Callable:
     return run
 
 
-def _cast(inputs, device: str, dtype: torch.dtype):
-    """Return nested inputs with the device's tensors of floating point in another type; weights are cast once."""
+def _call_in(operation: Callable, args, kwargs, device: str, dtype: torch.dtype):
+    """Call with the device's tensors of floating point in another type; weights are cast to a lower one once."""
 
     def cast(value):
         if not torch.is_tensor(value) or value.device.type != device or not value.is_floating_point():
@@ -69,21 +70,20 @@ def _cast(inputs, device: str, dtype: torch.dtype):
             return _casts[id(value)][1]
         return value.to(dtype)
 
-    return tree_map(cast, inputs)
+    args, kwargs = tree_map(cast, (args, kwargs))
+    return operation(*args, **kwargs)
 
 
 def _in_lower(operation: Callable, device: str) -> Callable:
     def call(*args, **kwargs):
-        args, kwargs = _cast((args, kwargs), device, torch.get_autocast_dtype(device))
-        return operation(*args, **kwargs)
+        return _call_in(operation, args, kwargs, device, torch.get_autocast_dtype(device))
 
     return call
 
 
 def _in_float32(operation: Callable, device: str) -> Callable:
     def call(*args, **kwargs):
-        args, kwargs = _cast((args, kwargs), device, torch.float32)
-        return operation(*args, **kwargs)
+        return _call_in(operation, args, kwargs, device, torch.float32)
 
     return call
 
@@ -100,7 +100,7 @@ def _in_widest(operation: Callable, device: str) -> Callable:
     def call(*args, **kwargs):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf) and leaf.is_floating_point()]
         if len({tensor.dtype for tensor in tensors}) > 1:
-            args, kwargs = _cast((args, kwargs), device, torch.float32)
+            return _call_in(operation, args, kwargs, device, torch.float32)
         return operation(*args, **kwargs)
 
     return call

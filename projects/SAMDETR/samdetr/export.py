@@ -20,6 +20,7 @@ from .modeling.postprocessing import best_pairs
 from .predictor import Predictor
 
 __all__ = [
+    "Detect",
     "PRECISIONS",
     "ExportableModel",
     "describe",
@@ -30,6 +31,7 @@ __all__ = [
     "trace",
 ]
 
+Detect = Callable[[np.ndarray], dict[str, np.ndarray]]  # from images (B, 3, H, W) to outputs by name
 PRECISIONS = ("float32", "float16", "int8")  # of an OpenVINO file
 _OUTPUT_NAMES = ("boxes", "scores", "classes")
 _SMALLEST_SIDE = 64  # of an image, in pixels
@@ -235,7 +237,7 @@ def fit_size(images: Tensor, description: dict) -> Tensor:
     return images if size == list(images.shape[2:]) else nn.functional.interpolate(images, size, mode="bilinear")
 
 
-def open_exported(path: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+def open_exported(path: str | Path) -> Detect:
     """Open a file of :func:`export` on the CPU.
 
     Returns:

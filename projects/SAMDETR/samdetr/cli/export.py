@@ -21,7 +21,7 @@ model's ten best detections per image, the file must find a share with the same 
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,7 +38,6 @@ from .common import IMAGE_SUFFIXES, add_model_arguments, load_predictor, output_
 NEEDED = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".xml": ("onnx", "onnxscript", "openvino"), ".pt2": ()}
 LARGEST_DIFFERENCE = 1e-4
 SMALLEST_SHARE = {"float16": 0.95, "int8": 0.8}
-Detect = Callable[[np.ndarray], dict[str, np.ndarray]]  # see open_exported
 CALIBRATION_IMAGES, CHECK_IMAGES = 120, 30  # a fifth of fewer images is for the check
 
 
