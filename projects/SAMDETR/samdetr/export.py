@@ -20,8 +20,8 @@ from .modeling.postprocessing import best_pairs
 from .predictor import Predictor
 
 __all__ = [
-    "Detect",
     "PRECISIONS",
+    "Detect",
     "ExportableModel",
     "describe",
     "export",

@@ -31,7 +31,7 @@ from torchvision.ops import box_iou
 
 from ..data import load_records, register_datasets
 from ..errors import UserError
-from ..export import PRECISIONS, ExportableModel, describe, export, fit_size, open_exported, trace
+from ..export import PRECISIONS, Detect, ExportableModel, describe, export, fit_size, open_exported, trace
 from ..predictor import Predictor, list_images, read_image
 from .common import IMAGE_SUFFIXES, add_model_arguments, load_predictor, output_file
 
