@@ -63,12 +63,12 @@ class TrainStep(SimpleTrainer):
         self.optimizer.zero_grad()
         statistics = self._batch_statistics() if self.skip_non_finite else []
         before = [buffer.clone() for buffer in statistics]
-        losses = self._backward(data)
+        names, values = self._backward(data)
         self.after_backward()
         self.scaler.unscale_(self.optimizer)
         # One transfer of all numbers: each by itself would wait for the device.
-        norm, *values = torch.stack([self._measure_gradients(), *losses.values()]).cpu()
-        losses = dict(zip(losses, values))
+        norm, *values = torch.cat([self._measure_gradients()[None], values]).cpu()
+        losses = dict(zip(names, values))
         own = all(map(math.isfinite, values)) and (math.isfinite(norm) or self._searches_for_a_scale())
         finite = self._agree(own)
         if finite:
@@ -112,8 +112,8 @@ class TrainStep(SimpleTrainer):
         norms = [m for m in self.inner.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training]
         return [buffer for norm in norms for buffer in norm.buffers()]
 
-    def _backward(self, data: list[dict]) -> dict[str, torch.Tensor]:
-        """Accumulate the gradients of all parts of the batch, and return the losses of the whole batch."""
+    def _backward(self, data: list[dict]) -> tuple[list[str], torch.Tensor]:
+        """Accumulate the gradients of all parts of the batch; return the names and the values of the whole batch's losses."""
         if self.accumulation_steps > len(data):
             raise UserError(
                 f"SOLVER.ACCUMULATION_STEPS is {self.accumulation_steps}, more than the {len(data)} images that each "
@@ -134,9 +134,8 @@ class TrainStep(SimpleTrainer):
                 total = torch.stack(list(part_losses.values())).sum()
                 self.scaler.scale(total * share).backward()
             for name, loss in part_losses.items():
-                loss = loss.detach() * share
-                losses[name] = losses[name] + loss if name in losses else loss
-        return losses
+                losses[name] = losses[name] + loss.detach() if name in losses else loss.detach()
+        return list(losses), torch.stack(list(losses.values())) * share
 
     def _handle_non_finite(
         self, losses: dict[str, torch.Tensor], norm: torch.Tensor, data: list[dict], own_is_finite: bool
