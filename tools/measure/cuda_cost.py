@@ -15,7 +15,8 @@ Prints one JSON object:
 
 Mixed precision is that of the config (``SOLVER.AMP.ENABLED True``, ``SOLVER.AMP.PRECISION float16``), with torch's rules for
 CUDA. The assignment in matching is made up, since it needs numbers; its transfer and the costs count.
-Norms, clipping and the optimizer's step count as one operation each, as torch's kernels for many tensors at once are.
+Norms, clipping and the optimizer's step count as one operation each, as torch's kernels for many tensors at once are; so does
+torch's fused attention, forward and backward.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import json
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -137,6 +138,40 @@ class Cost(TorchDispatchMode):
         return next((f"{file}:{line}" for file, line in files if "detectron2" in file), "elsewhere")
 
 
+class FusedAttention(torch.autograd.Function):
+    """Costs what torch's fused attention costs on CUDA: one operation forward, one backward, and no matrix of weights."""
+
+    @staticmethod
+    def forward(ctx, cost: Cost, q, k, v):
+        ctx.cost = cost
+        with cost.joined():
+            output = v.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, output)
+        cost.traffic += sum(x.numel() * x.element_size() for x in (q, k, v, output))
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        q, k, v, output = ctx.saved_tensors
+        with ctx.cost.joined():
+            gradients = [torch.empty_like(x) for x in (q, k, v)]
+        ctx.cost.traffic += sum(x.numel() * x.element_size() for x in (q, k, v, output, gradient, *gradients))
+        return None, *gradients
+
+    @classmethod
+    def with_cost(cls, cost: Cost) -> Callable:
+        """Return a stand-in for ``torch.nn.functional.scaled_dot_product_attention``."""
+
+        def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+            if torch.is_autocast_enabled(DEVICE):
+                q, k, v = (x.to(torch.get_autocast_dtype(DEVICE)) for x in (q, k, v))
+            if attn_mask is not None and attn_mask.dtype == torch.bool:  # as torch does for its kernels
+                torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+            return cls.apply(cost, q, k, v)
+
+        return attention
+
+
 class FusedAdamW(FullModelClippingAdamW):
     """Costs what the fused optimizer costs on CUDA: one operation each for the norms, for clipping and for the step."""
 
@@ -245,6 +280,7 @@ def measure(cfg, size: tuple[int, int], batch: int, boxes: int) -> Cost:
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(HungarianMatcher, "__call__", made_up_match),
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", FusedAttention.with_cost(cost)),
         cost,
     ):
         pretend(model, device)

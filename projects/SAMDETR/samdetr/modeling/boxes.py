@@ -5,7 +5,6 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 
 __all__ = ["cxcywh_to_xyxy", "generalized_iou", "iou", "xyxy_to_cxcywh"]
 
@@ -14,12 +13,14 @@ _SMALLEST_AREA = 1e-12  # keeps the ratios of degenerate boxes finite and change
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Convert (..., 4) boxes from (cx, cy, w, h) to (x0, y0, x1, y1)."""
-    return box_convert(boxes, "cxcywh", "xyxy")
+    centre, size = boxes.chunk(2, dim=-1)  # both axes at once, in half as many operations as torchvision's box_convert
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     """Convert (..., 4) boxes from (x0, y0, x1, y1) to (cx, cy, w, h)."""
-    return box_convert(boxes, "xyxy", "cxcywh")
+    low, high = boxes.chunk(2, dim=-1)
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:

@@ -187,19 +187,20 @@ class Decoder(nn.Module):
         Returns:
             The predictions of all layers.
         """
-        content, reference_logits = queries.content, queries.reference_logits.float()
-        start = reference_logits  # of the same value, and with the gradient that the layer's box passes on
+        content, start = queries.content, queries.reference_logits.float()
+        reference_boxes = start.sigmoid()
         all_logits, all_boxes = [], []
         for i, level in enumerate(level_of_layer(len(self.layers), len(levels))):
             content = run_layer(
-                *(self.layers[i], content, reference_logits.sigmoid(), levels, level, queries.attention_mask),
+                *(self.layers[i], content, reference_boxes, levels, level, queries.attention_mask),
                 recompute=self.recompute,
             )
-            delta = self.box_heads[i](content).float()
             all_logits.append(self.class_heads[i](content).float())
-            all_boxes.append((start + delta).sigmoid())
+            delta = self.box_heads[i](content).float()
+            box_logits = start + delta
+            all_boxes.append(box_logits.sigmoid())
             if self.refine_boxes:
-                box_logits = reference_logits + delta
-                reference_logits = box_logits.detach()
-                start = box_logits if self.look_forward_twice else reference_logits
+                reference_boxes = all_boxes[-1].detach()
+                # Looking forward, the next layer's loss reaches this layer's change, and no earlier one.
+                start = start.detach() + delta if self.look_forward_twice else box_logits.detach()
         return Predictions(torch.stack(all_logits), torch.stack(all_boxes))

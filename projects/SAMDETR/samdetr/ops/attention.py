@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .blocks import accumulate_product_, blocks, zeros_to_accumulate
+from .blocks import accumulate_product_, blocks, empty_to_accumulate, place
 from .runtime import is_tracing, triton_runs_on
 
 __all__ = ["attend", "attend_plain", "attention_weights"]
@@ -101,7 +101,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, q, k, v, padding_mask, bias_x, bias_y):
         output = v.new_empty(*q.shape[:3], v.shape[-1])
         for block, (block_q, block_k, *rest) in _Attend.split(q, k, padding_mask, bias_x, bias_y):
-            output[block] = attend_plain(block_q, block_k, v[block[0]], *rest)
+            output = place(output, block, attend_plain(block_q, block_k, v[block[0]], *rest))
         ctx.save_for_backward(q, k, v, padding_mask, bias_x, bias_y, output)
         return output
 
@@ -109,22 +109,25 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         q, k, v, padding_mask, bias_x, bias_y, output = ctx.saved_tensors
-        grad_v, grad_k = zeros_to_accumulate(v), zeros_to_accumulate(k)
+        grad_v, grad_k = empty_to_accumulate(v), empty_to_accumulate(k)
         grad_q = torch.empty_like(q)
         grad_x, grad_y = (None if part is None else torch.empty_like(part) for part in (bias_x, bias_y))
         # The softmax's backward pass needs sum(weight * gradient of the weight), which equals sum(output * gradient).
         shares = (gradient.float() * output.float()).sum(-1, keepdim=True)
         for block, arguments in _Attend.split(q, k, padding_mask, bias_x, bias_y):
-            images = block[0]
+            images, first = block[0], block[2].start == 0
             weights, g = attention_weights(*arguments), gradient[block]
-            grad_v[images] += weights.to(g.dtype).transpose(2, 3) @ g
+            accumulate_product_(
+                grad_v[images].flatten(0, 1), weights.to(g.dtype).transpose(2, 3).flatten(0, 1), g.flatten(0, 1), first
+            )
             grad_logits = (g @ v[images].transpose(2, 3)).float().sub_(shares[block]).mul_(weights)
             if bias_x is not None:
                 by_pixel = grad_logits.unflatten(-1, (bias_y.shape[-1], bias_x.shape[-1]))
-                grad_x[block], grad_y[block] = by_pixel.sum(-2), by_pixel.sum(-1)
+                grad_x = place(grad_x, block, by_pixel.sum(-2))
+                grad_y = place(grad_y, block, by_pixel.sum(-1))
             grad_logits, block_q = _by_key_head(grad_logits.to(q.dtype), k), arguments[0]
-            grad_q[block] = (grad_logits @ k[images]).view(block_q.shape)
+            grad_q = place(grad_q, block, (grad_logits @ k[images]).view(block_q.shape))
             grad_logits, block_q = (x.flatten(0, 1) for x in (grad_logits, _by_key_head(block_q, k)))
             grad_k_of_block = grad_k[images].view(-1, *k.shape[2:])  # a view, so that adding in place reaches grad_k
-            accumulate_product_(grad_k_of_block, grad_logits.transpose(1, 2), block_q)
+            accumulate_product_(grad_k_of_block, grad_logits.transpose(1, 2), block_q, first)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, grad_x, grad_y

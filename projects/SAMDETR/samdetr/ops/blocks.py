@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["accumulate_product_", "blocks", "resized_blocks", "zeros_to_accumulate"]
+__all__ = ["accumulate_product_", "blocks", "empty_to_accumulate", "place", "resized_blocks"]
 
 # Number of elements of a block's largest intermediate matrix: on a CPU it fits the cache, on a GPU it occupies all cores.
 _ELEMENTS = {"cpu": 2**21}
@@ -29,7 +29,7 @@ def blocks(images: int, rows: int, row_elements: int, device: torch.device) -> I
     images_per_block = max(1, elements // max(rows * row_elements, 1))
     rows_per_block = max(1, rows if images_per_block > 1 else elements // row_elements)
     for image in range(0, images, images_per_block):
-        for row in range(0, rows, rows_per_block):
+        for row in range(0, max(rows, 1), rows_per_block):  # one block without rows, so that sums over none are zeros
             yield slice(image, image + images_per_block), slice(row, row + rows_per_block)
 
 
@@ -44,15 +44,28 @@ def resized_blocks(elements: int, device_type: str = "cpu") -> Iterator[None]:
         _ELEMENTS[device_type] = before
 
 
-def zeros_to_accumulate(like: Tensor) -> Tensor:
-    """Return contiguous zeros in float32 or better: a sum over many blocks exceeds what lower precision can hold."""
+def place(whole: Tensor, block: tuple[slice, ...], part: Tensor) -> Tensor:
+    """Return ``whole`` with a block's result in its place, or the result itself if that is everything."""
+    if part.shape == whole.shape:
+        return part
+    whole[block] = part
+    return whole
+
+
+def empty_to_accumulate(like: Tensor) -> Tensor:
+    """Return a contiguous tensor in float32 or better: a sum over many blocks exceeds what lower precision can hold."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def accumulate_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add the batched product a @ b, (B, I, J) @ (B, J, K), to ``total`` in place; ``total`` may be of higher precision."""
+def accumulate_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Add the batched product a @ b, (B, I, J) @ (B, J, K), to ``total`` in place, or set it if it is the first.
+
+    ``total`` may be of higher precision.
+    """
     if total.dtype == a.dtype:
-        total.baddbmm_(a, b)
+        total.baddbmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
     else:
         total += a @ b

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .blocks import accumulate_product_, blocks, zeros_to_accumulate
+from .blocks import accumulate_product_, blocks, empty_to_accumulate, place
 from .runtime import is_tracing
 
 __all__ = [
@@ -169,7 +169,8 @@ class _SampleSeparably(torch.autograd.Function):
         ctx.save_for_backward(features, rows, columns)
         output = features.new_empty(*rows.shape[:2], features.shape[-1])
         for images, some in _SampleSeparably.split(rows, columns):
-            output[images, some] = sample_separably_plain(features[images], rows[images, some], columns[images, some])
+            part = sample_separably_plain(features[images], rows[images, some], columns[images, some])
+            output = place(output, (images, some), part)
         return output
 
     @staticmethod
@@ -177,12 +178,16 @@ class _SampleSeparably(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features, rows, columns = ctx.saved_tensors
         pixels = features.flatten(1, 2)
-        grad_pixels, grad_rows, grad_columns = (zeros_to_accumulate(x) for x in (pixels, rows, columns))
+        grad_pixels, grad_rows, grad_columns = (
+            empty_to_accumulate(pixels),
+            torch.empty_like(rows),
+            torch.empty_like(columns),
+        )
         for images, some in _SampleSeparably.split(rows, columns):
             y, x, g = rows[images, some], columns[images, some], gradient[images, some]
             weights = (y[..., :, None] * x[..., None, :]).flatten(2).to(pixels.dtype)
-            accumulate_product_(grad_pixels[images], weights.transpose(1, 2), g)
+            accumulate_product_(grad_pixels[images], weights.transpose(1, 2), g, first=some.start == 0)
             grad_weights = (g @ pixels[images].transpose(1, 2)).to(y.dtype).unflatten(-1, (y.shape[-1], x.shape[-1]))
-            grad_rows[images, some] = (grad_weights @ x[..., None])[..., 0]
-            grad_columns[images, some] = (y[..., None, :] @ grad_weights)[..., 0, :]
+            grad_rows = place(grad_rows, (images, some), (grad_weights @ x[..., None])[..., 0])
+            grad_columns = place(grad_columns, (images, some), (y[..., None, :] @ grad_weights)[..., 0, :])
         return grad_pixels.to(features.dtype).view_as(features), grad_rows, grad_columns
