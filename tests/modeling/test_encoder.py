@@ -1,10 +1,10 @@
-"""samdetr.modeling.encoder: padding is invisible in both encoders."""
+"""samdetr.modeling.encoder: padding is invisible in both encoders, and attention is torch's."""
 
 import pytest
 import torch
 
 from helpers import make_level
-from samdetr.modeling.encoder import DeformableTransformerEncoder, TransformerEncoder
+from samdetr.modeling.encoder import DeformableTransformerEncoder, PixelSelfAttention, TransformerEncoder
 from samdetr.modeling.levels import pixel_points, points_in_padded_maps
 
 
@@ -46,3 +46,24 @@ def test_reference_points_are_the_pixel_centres_of_the_valid_part():
     points = points_in_padded_maps(pixel_points([level])[:, :, None], [level])
     # In units of the padded map: two valid columns of four.
     assert torch.allclose(points[0, :2, 0, 0], torch.tensor([[0.125, 0.25], [0.375, 0.25]]))
+
+
+def test_attention_of_pixels_is_torchs():
+    ours = PixelSelfAttention(dim=16, num_heads=2)
+    torchs = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torchs.load_state_dict(ours.state_dict())
+    x, position = torch.randn(2, 7, 16, requires_grad=True), torch.randn(1, 7, 16)
+    padding = torch.tensor([[False] * 7, [False] * 5 + [True] * 2])
+    for mask in (None, padding):
+        bias = None if mask is None else torch.zeros(2, 1, 1, 7).masked_fill(mask[:, None, None], -torch.inf)
+        q = x + position
+        expected, _ = torchs(q, q, x, key_padding_mask=mask, need_weights=False)
+        found = ours(x, position, bias)
+        assert torch.allclose(found, expected, atol=1e-5)
+        gradient = torch.randn_like(found)
+        gradients = [
+            torch.autograd.grad(y, [x, *m.parameters()], gradient) for y, m in ((found, ours), (expected, torchs))
+        ]
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients))

@@ -3,11 +3,14 @@
 Shapes: B images, C model width, M heads, V levels, N pixels of all levels together.
 """
 
+import math
+
 from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..ops.runtime import run_layer
+from ..ops.runtime import run_layer, to_autocast_dtype
 from .deformable_attention import MultiScaleDeformableAttention
 from .layers import FeedForward, xavier_uniform_matrices_
 from .levels import flatten_levels, pixel_points, points_in_padded_maps, replace_features
@@ -30,21 +33,45 @@ def build_encoder(cfg) -> nn.Module:
     return ENCODER_REGISTRY.get(cfg.MODEL.SAMDETR.ENCODER.NAME)(cfg)
 
 
+class PixelSelfAttention(nn.MultiheadAttention):
+    """torch's attention, with its parameters, for queries that are the keys: the same output in half as many operations."""
+
+    def __init__(self, *, dim: int, num_heads: int):
+        super().__init__(dim, num_heads, batch_first=True)
+
+    def forward(self, x: Tensor, position: Tensor, bias: Tensor | None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, N, C).
+            position: (B or 1, N, C), added to queries and keys.
+            bias: (B, 1, 1, N), added to the logits; None for zeros.
+
+        Returns:
+            (B, N, C).
+        """
+        rows = [2 * self.embed_dim, self.embed_dim]
+        weight, value_weight = self.in_proj_weight.split(rows)
+        linear_bias, value_bias = self.in_proj_bias.split(rows)
+        q, k = F.linear(x + position, weight, linear_bias).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        v = F.linear(x, value_weight, value_bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
 class TransformerEncoderLayer(nn.Module):
     """Self-attention and feed-forward network, each followed by residual and LayerNorm."""
 
     def __init__(self, *, dim: int, num_heads: int, feedforward_dim: int):
         super().__init__()
-        self.self_attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.self_attention = PixelSelfAttention(dim=dim, num_heads=num_heads)
         self.norm = nn.LayerNorm(dim)
         self.feedforward = FeedForward(dim, feedforward_dim)
         xavier_uniform_matrices_(self.self_attention)
 
-    def forward(self, x: Tensor, position: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Map (B, N, C) to (B, N, C); ``position`` (B or 1, N, C) is added to queries and keys."""
-        q = x + position
-        attended, _ = self.self_attention(q, q, x, key_padding_mask=padding_mask, need_weights=False)
-        return self.feedforward(self.norm(x + attended))
+    def forward(self, x: Tensor, position: Tensor, bias: Tensor | None) -> Tensor:
+        """Map (B, N, C) to (B, N, C); see :meth:`PixelSelfAttention.forward`."""
+        return self.feedforward(self.norm(x + self.self_attention(x, position, bias)))
 
 
 @ENCODER_REGISTRY.register()
@@ -82,8 +109,12 @@ class TransformerEncoder(nn.Module):
     def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
         """Encode the levels; see :data:`ENCODER_REGISTRY`."""
         memory, position, mask = flatten_levels(levels)
+        bias = None
+        if mask is not None:
+            mask = mask[:, None, None]
+            bias = mask.new_zeros(mask.shape, dtype=to_autocast_dtype(memory).dtype).masked_fill_(mask, -math.inf)
         for layer in self.layers:
-            memory = run_layer(layer, memory, position, mask, recompute=self.recompute)
+            memory = run_layer(layer, memory, position, bias, recompute=self.recompute)
         return replace_features(levels, memory)
 
 
