@@ -14,7 +14,8 @@ _SMALLEST_AREA = 1e-12  # keeps the ratios of degenerate boxes finite and change
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Convert (..., 4) boxes from (cx, cy, w, h) to (x0, y0, x1, y1)."""
     centre, size = boxes.chunk(2, dim=-1)  # both axes at once, in half as many operations as torchvision's box_convert
-    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+    half = size / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:

@@ -116,13 +116,13 @@ class DotProductAttention(nn.Module):
         if self.gaussian_beta is None:
             return None, None
         height, width = level.size
-        centre = level.in_pixels(query.keypoints)
+        centres = level.in_pixels(query.keypoints).unbind(-1)
+        scales = query.gaussian_scales.unbind(-1)  # type: ignore[union-attr] # there, since needs_scales is True
         parts = []
-        for axis, length in enumerate((width, height)):
+        for length, centre, scale in zip((width, height), centres, scales):
             pixel = torch.arange(length, dtype=torch.float32, device=centre.device) + 0.5
-            scale = query.gaussian_scales[..., axis, None]  # type: ignore[index] # there, since needs_scales is True
-            distance = scale * (pixel - centre[..., axis, None])
-            parts.append((-distance.square() / self.gaussian_beta).transpose(1, 2))
+            distance = scale[..., None] * (pixel - centre[..., None])
+            parts.append((distance.square() / -self.gaussian_beta).transpose(1, 2))
         return parts[0], parts[1]
 
     def split_heads(self, x: Tensor) -> Tensor:

@@ -152,7 +152,8 @@ class SemanticsAligner(nn.Module):
         values = values.unflatten(-1, (-1, self.num_keypoints, 2))  # all keypoints, then all their scales
         if self.num_keypoints < self.num_heads:
             values = values.repeat_interleave(self.num_heads // self.num_keypoints, dim=-2)
-        return values[..., 0, :, :].tanh(), values[..., 1, :, :] if self.predict_scales else None
+        keypoints, *scales = values.unbind(-3)
+        return keypoints.tanh(), scales[0] if self.predict_scales else None
 
     def resample(self, features: Tensor, rows: Tensor, columns: Tensor, keypoints: Tensor) -> Tensor:
         """Sample the pooled features bilinearly, with zeros outside (``grid_sample``, corners not aligned).

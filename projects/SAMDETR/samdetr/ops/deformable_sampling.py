@@ -4,6 +4,8 @@ Shapes: B images, Q queries (in the encoder: all pixels), M heads, D channels pe
 N pixels of all levels together.
 """
 
+import functools
+
 import numpy as np
 import torch
 from scipy.sparse import csr_array
@@ -53,16 +55,18 @@ def deformable_sampling_plain(
 ) -> Tensor:
     """Compute :func:`deformable_sampling` with ``grid_sample``, level by level, in the precision of the locations."""
     batch, _, heads, channels = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    grid = 2 * locations - 1
-    weights = weights.permute(0, 2, 3, 1, 4).flatten(0, 1).to(locations.dtype)  # (B M, V, Q, P)
-    result = locations.new_zeros(batch * heads, channels, queries)
-    parts = value.to(locations.dtype).split([height * width for height, width in level_sizes], dim=1)
-    for level, ((height, width), part) in enumerate(zip(level_sizes, parts)):
-        maps = part.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
-        level_grid = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)  # (B M, Q, P, 2)
-        samples = F.grid_sample(maps, level_grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        result = result + (samples * weights[:, None, level].view(-1, 1, queries, points)).sum(-1)
+    queries = locations.shape[1]
+    # One copy each in the order that grid_sample reads, instead of one for each level.
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (V, B M, Q, P, 2)
+    weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2).to(locations.dtype)  # (V, B M, Q, P)
+    values = value.to(locations.dtype).permute(0, 2, 3, 1).flatten(0, 1)  # (B M, D, N)
+    maps = values.split([height * width for height, width in level_sizes], dim=2)
+    by_level = []
+    for size, map_, grid, weight in zip(level_sizes, maps, grids.unbind(), weights.unbind()):
+        map_ = map_.unflatten(2, size)
+        samples = F.grid_sample(map_, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        by_level.append((samples * weight[:, None]).sum(-1))
+    result = functools.reduce(torch.add, by_level)  # (B M, D, Q)
     return result.view(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
 
 
