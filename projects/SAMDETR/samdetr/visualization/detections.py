@@ -13,7 +13,7 @@ from ..errors import import_extra
 from .text import as_drawn
 
 if TYPE_CHECKING:
-    from detectron2.utils.visualizer import Visualizer
+    from detectron2.utils.visualizer import VisImage, Visualizer
 
 __all__ = ["draw_annotations", "draw_beside_truth", "draw_detections", "draw_pairs"]
 
@@ -29,6 +29,23 @@ def _visualizer(image: np.ndarray, class_names: Sequence[str]) -> "Visualizer":
     height, width = image.shape[:2]
     scale = max(1.0, min(_SHORTEST_SIDE / min(height, width), _LONGEST_SIDE / max(height, width)))
     return Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
+
+
+def _finish(output: "VisImage") -> np.ndarray:
+    """Return the picture, with the labels moved inside that detectron2 has placed over its edge."""
+    frame, renderer = output.ax.get_window_extent(), output.canvas.get_renderer()
+    to_pixels = output.ax.transData
+    for label in output.ax.texts:
+        text = label.get_window_extent(renderer).padded(
+            renderer.points_to_pixels(1)
+        )  # detectron2 pads it by 0.7 points
+        # A text that is wider than the picture begins at its left edge.
+        shift = (
+            max(frame.x0 - text.x0, min(0, frame.x1 - text.x1)),
+            min(frame.y1 - text.y1, max(0, frame.y0 - text.y0)),
+        )
+        label.set_position(to_pixels.inverted().transform(to_pixels.transform(label.get_position()) + shift))
+    return output.get_image()
 
 
 def draw_detections(
@@ -49,7 +66,7 @@ def draw_detections(
     confident = instances[instances.scores >= score_threshold]
     visualizer = _visualizer(image, class_names)
     if not confident.has("track_ids"):
-        return visualizer.draw_instance_predictions(confident).get_image()
+        return _finish(visualizer.draw_instance_predictions(confident))
     numbers = confident.track_ids.tolist()
     labels = [
         f"{f'#{number} ' if number >= 0 else ''}{visualizer.metadata.thing_classes[i]} {100 * score:.0f}%"
@@ -57,7 +74,7 @@ def draw_detections(
     ]
     colors = [colormaps["tab20"](number % 20)[:3] if number >= 0 else (0.5, 0.5, 0.5) for number in numbers]
     boxes = confident.pred_boxes
-    return visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors).get_image()
+    return _finish(visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors))
 
 
 def draw_annotations(image: np.ndarray, record: dict, class_names: Sequence[str]) -> np.ndarray:
@@ -65,7 +82,7 @@ def draw_annotations(image: np.ndarray, record: dict, class_names: Sequence[str]
     # Boxes only: with any masks, detectron2 would want one for every annotation.
     keys = ("bbox", "bbox_mode", "category_id", "iscrowd")
     boxes = [{key: annotation[key] for key in keys if key in annotation} for annotation in record["annotations"]]
-    return _visualizer(image, class_names).draw_dataset_dict({"annotations": boxes}).get_image()
+    return _finish(_visualizer(image, class_names).draw_dataset_dict({"annotations": boxes}))
 
 
 def draw_beside_truth(
