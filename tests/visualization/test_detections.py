@@ -22,7 +22,7 @@ def test_only_confident_detections_are_drawn():
 
 def test_labels_stay_inside_the_picture(monkeypatch):
     outputs = []
-    monkeypatch.setattr(VisImage, "get_image", outputs.append)
+    monkeypatch.setattr(VisImage, "get_image", lambda self: outputs.append(self))
     corners = [[100.0, 2, 127, 60], [2, 100, 30, 127], [60, 110, 127, 127], [0, 0, 12, 12], [120, 120, 128, 128]]
     instances = Instances((128, 128), pred_boxes=Boxes(torch.tensor(corners)), scores=torch.ones(5))
     instances.pred_classes = torch.zeros(5, dtype=torch.long)
