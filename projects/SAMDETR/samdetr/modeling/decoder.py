@@ -11,7 +11,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.runtime import run_layer
+from ..ops.runtime import run_layer, to_autocast_dtype
 from .cross_attention import build_cross_attention
 from .layers import MLP, FeedForward, start_heads_, xavier_uniform_matrices_
 from .position_encoding import sine_embedding
@@ -45,12 +45,12 @@ class QuerySelfAttention(nn.Module):
         xavier_uniform_matrices_(self)
         nn.init.zeros_(self.output.bias)
 
-    def forward(self, content: Tensor, position: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Map contents and positions, both (B, Q, C), to (B, Q, C); for the mask see :class:`QueryBatch`."""
+    def forward(self, content: Tensor, position: Tensor, attention_bias: Tensor | None) -> Tensor:
+        """Map contents and positions, both (B, Q, C), to (B, Q, C); see :meth:`QueryBatch.attention_bias`."""
         q = self.query_content(content) + self.query_position(position)
         k = self.key_content(content) + self.key_position(position)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, self.value(content)))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias)
         return self.output(attended.transpose(1, 2).flatten(2))
 
 
@@ -92,7 +92,7 @@ class DecoderLayer(nn.Module):
         reference_boxes: Tensor,
         levels: list[FeatureLevel],
         index: int,
-        attention_mask: Tensor | None,
+        attention_bias: Tensor | None,
     ) -> Tensor:
         """Update the query contents.
 
@@ -101,13 +101,13 @@ class DecoderLayer(nn.Module):
             reference_boxes: (B, Q, 4), normalised (cx, cy, w, h).
             levels: the encoded image, from the finest to the coarsest level.
             index: which of the levels this layer looks at.
-            attention_mask: see :class:`QueryBatch`.
+            attention_bias: see :meth:`QueryBatch.attention_bias`.
 
         Returns:
             (B, Q, C).
         """
         position = sine_embedding(reference_boxes[..., :2].detach(), self.dim, self.temperature).to(content.dtype)
-        content = self.self_attention_norm(content + self.self_attention(content, position, attention_mask))
+        content = self.self_attention_norm(content + self.self_attention(content, position, attention_bias))
         aligned = self.aligner(content, reference_boxes, levels[index])
         content = self.cross_attention_norm(content + self.cross_attention(aligned, levels, index))
         return self.feedforward(content)
@@ -188,11 +188,11 @@ class Decoder(nn.Module):
             The predictions of all layers.
         """
         content, start = queries.content, queries.reference_logits.float()
-        reference_boxes = start.sigmoid()
+        reference_boxes, bias = start.sigmoid(), queries.attention_bias(to_autocast_dtype(content).dtype)
         all_logits, all_boxes = [], []
         for i, level in enumerate(level_of_layer(len(self.layers), len(levels))):
             content = run_layer(
-                *(self.layers[i], content, reference_boxes, levels, level, queries.attention_mask),
+                *(self.layers[i], content, reference_boxes, levels, level, bias),
                 recompute=self.recompute,
             )
             all_logits.append(self.class_heads[i](content).float())

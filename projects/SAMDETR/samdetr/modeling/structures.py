@@ -7,8 +7,10 @@ Boxes are (cx, cy, w, h), normalised by the image's own size (without padding), 
 Points are (x, y); sizes are (height, width), as in detectron2 and torch.
 """
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["AlignedQuery", "DenoisingTargets", "FeatureLevel", "ImageTarget", "Predictions", "QueryBatch"]
@@ -96,6 +98,12 @@ class QueryBatch:
     denoising: DenoisingTargets | None = None
     proposals: "Predictions | None" = None
     position: Tensor | None = None
+
+    def attention_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Return what self-attention adds to its logits: 0, or minus infinity where a query may not attend; None for zeros."""
+        if self.attention_mask is None:
+            return None
+        return torch.zeros_like(self.attention_mask, dtype=dtype).masked_fill_(~self.attention_mask, -math.inf)
 
 
 @dataclass

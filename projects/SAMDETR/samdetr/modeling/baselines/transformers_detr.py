@@ -178,10 +178,7 @@ def _start_deformable_attention_(module: nn.Module) -> None:
 @contextlib.contextmanager
 def _decoding(decoder: nn.Module, queries: QueryBatch) -> Iterator[None]:
     """Let DAB-DETR's decoder decode these queries in place of its own, and mask its self-attention, within this context."""
-    mask = None
-    if queries.attention_mask is not None:
-        mask = torch.zeros_like(queries.attention_mask, dtype=torch.float32)
-        mask = mask.masked_fill(~queries.attention_mask, -math.inf)
+    mask = queries.attention_bias(torch.float32)
 
     def replace_queries(module, arguments, options):
         replaced = {"inputs_embeds": queries.content, "query_position_embeddings": queries.reference_logits}
