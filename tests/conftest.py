@@ -29,6 +29,14 @@ def seed():
     np.random.seed(0)
 
 
+@pytest.fixture
+def uninitialised_memory():
+    """Let torch fill memory that nobody has written to with NaN, so that a test sees who reads it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory):
     """A COCO-format dataset of six small images with coloured rectangles of two classes; one image has none."""

@@ -8,6 +8,7 @@ from detectron2.modeling import build_model
 
 from helpers import DN, MULTI_SCALE, make_input, tiny_config, tiny_model
 from samdetr.modeling.decoder import QuerySelfAttention, level_of_layer
+from samdetr.modeling.structures import QueryBatch
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,8 @@ def test_query_self_attention_equals_the_loops():
     module = QuerySelfAttention(dim=8, num_heads=2)
     content, position = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)[None, None]
-    out = module(content, position, mask)
+    queries = QueryBatch(content, torch.zeros(1, 4, 4), attention_mask=mask)
+    out = module(content, position, queries.attention_bias(torch.float32))
     q = (module.query_content(content) + module.query_position(position))[0].view(4, 2, 4)
     k = (module.key_content(content) + module.key_position(position))[0].view(4, 2, 4)
     v = module.value(content)[0].view(4, 2, 4)
@@ -70,6 +72,12 @@ def test_looking_forward_twice_gives_the_same_boxes_and_a_gradient_from_the_next
         gradients = torch.autograd.grad(predictions.boxes[predicted].sum(), heads, retain_graph=True, allow_unused=True)
         reached = [gradient is not None and bool(gradient.any()) for gradient in gradients]
         assert reached == [head in (predicted, predicted - 1) for head in range(3)]
+    # The first two layers start from the learned boxes, which both of them move.
+    learned = twice.query_generator.reference_logits
+    first, second, third = (
+        torch.autograd.grad(boxes.sum(), learned, retain_graph=True)[0].norm().item() for boxes in predictions.boxes
+    )
+    assert second == pytest.approx(first, rel=0.5) and third < 0.1 * first
 
 
 def test_without_refinement_every_layer_starts_from_the_querys_own_box():

@@ -13,6 +13,7 @@ from samdetr.ops.blocks import resized_blocks
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.usefixtures("uninitialised_memory")
 def test_blocks_give_what_the_plain_attention_gives(elements, groups, bias, padded, transposed):
     """Query by query, some queries at a time, and several images at a time: outputs and gradients.
 
@@ -32,3 +33,26 @@ def test_blocks_give_what_the_plain_attention_gives(elements, groups, bias, padd
     assert torch.allclose(found, expected, atol=1e-6)
     for a, b in zip(gradients, torch.autograd.grad(expected, tuple(tensors.values()), gradient)):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("elements", [1, 10**6])
+@pytest.mark.usefixtures("uninitialised_memory")
+def test_in_mixed_precision_it_is_of_the_values_type_in_one_block_and_in_many(elements):
+    q, k, v = (torch.randn(2, 2, n, 8, requires_grad=True) for n in (7, 20, 20))
+    expected = attend_plain(q, k, v)
+    gradient = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, (q, k, v), gradient)
+    with resized_blocks(elements), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attend(q, k, v)
+        assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=0.05)
+        for a, b in zip(torch.autograd.grad(found, (q, k, v), gradient), gradients):
+            assert a.dtype == torch.float32 and torch.allclose(a, b, atol=0.1)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_no_queries_at_all(key_heads):
+    q, k, v = torch.zeros(2, 2, 0, 8), torch.randn(2, key_heads, 20, 8), torch.randn(2, 2, 20, 4, requires_grad=True)
+    attended = attend(q, k, v)
+    assert attended.shape == (2, 2, 0, 4)
+    attended.sum().backward()
+    assert not v.grad.any()

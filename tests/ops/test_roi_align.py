@@ -75,6 +75,7 @@ def test_interpolation_weights_and_their_gradient_are_grid_samples():
 
 
 @pytest.mark.parametrize("elements", [1, 40, 10**6])
+@pytest.mark.usefixtures("uninitialised_memory")
 def test_samples_block_by_block_are_those_at_once(elements):
     """Row by row, some rows at a time, and several images at a time: the plain formulation's results and gradients."""
     features = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
@@ -90,6 +91,18 @@ def test_samples_block_by_block_are_those_at_once(elements):
         assert torch.allclose(a, b)
 
 
+@pytest.mark.parametrize("elements", [1, 10**6])
+def test_in_mixed_precision_samples_are_of_the_features_type(elements):
+    features = torch.randn(2, 4, 5, 6, requires_grad=True)
+    rows, columns = torch.rand(2, 7, 4, requires_grad=True), torch.rand(2, 7, 5, requires_grad=True)
+    with resized_blocks(elements), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = sample_separably(features, rows, columns)
+        gradients = torch.autograd.grad(found.sum(), (features, rows, columns))
+    assert all(tensor.dtype == torch.float32 for tensor in (found, *gradients))
+    assert torch.allclose(found, sample_separably_plain(features, rows, columns), atol=0.1)
+
+
+@pytest.mark.usefixtures("uninitialised_memory")
 def test_no_samples_at_all():
     features = torch.randn(2, 4, 5, 6, requires_grad=True)
     sampled = sample_separably(features, torch.zeros(2, 0, 4), torch.zeros(2, 0, 5))

@@ -165,8 +165,10 @@ class FusedAttention(torch.autograd.Function):
         def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
             if torch.is_autocast_enabled(DEVICE):
                 q, k, v = (x.to(torch.get_autocast_dtype(DEVICE)) for x in (q, k, v))
-            if attn_mask is not None and attn_mask.dtype == torch.bool:  # as torch does for its kernels
-                torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+            if attn_mask is not None and (attn_mask.dtype != q.dtype or attn_mask.requires_grad):
+                raise NotImplementedError(
+                    "A mask to be converted, or one that learns, would cost more than is counted."
+                )
             return cls.apply(cost, q, k, v)
 
         return attention

@@ -12,10 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = ["forget_casts", "register_autocast"]
 
 _KEY = "AutocastPrivateUse1"
-_LOWER = (
-    *("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "mv", "einsum", "conv2d", "convolution"),
-    *("scaled_dot_product_attention", "prelu"),
-)
+_LOWER = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "mv", "einsum", "conv2d", "convolution", "prelu")
 _FLOAT32 = (
     *("layer_norm", "group_norm", "exp", "log", "log1p", "reciprocal", "rsqrt", "pow.Tensor_Scalar", "pow.Scalar"),
     *("pow.Tensor_Tensor", "cdist", "softplus", "l1_loss", "binary_cross_entropy_with_logits"),

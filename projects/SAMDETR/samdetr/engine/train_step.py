@@ -63,11 +63,11 @@ class TrainStep(SimpleTrainer):
         self.optimizer.zero_grad()
         statistics = self._batch_statistics() if self.skip_non_finite else []
         before = [buffer.clone() for buffer in statistics]
-        names, values = self._backward(data)
+        names, stacked = self._backward(data)
         self.after_backward()
         self.scaler.unscale_(self.optimizer)
         # One transfer of all numbers: each by itself would wait for the device.
-        norm, *values = torch.cat([self._measure_gradients()[None], values]).cpu()
+        norm, *values = torch.cat([self._measure_gradients()[None], stacked]).cpu()
         losses = dict(zip(names, values))
         own = all(map(math.isfinite, values)) and (math.isfinite(norm) or self._searches_for_a_scale())
         finite = self._agree(own)

@@ -11,7 +11,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.runtime import run_layer, to_autocast_dtype
+from ..ops.runtime import autocast_dtype, run_layer
 from .cross_attention import build_cross_attention
 from .layers import MLP, FeedForward, start_heads_, xavier_uniform_matrices_
 from .position_encoding import sine_embedding
@@ -187,8 +187,9 @@ class Decoder(nn.Module):
         Returns:
             The predictions of all layers.
         """
-        content, start = queries.content, queries.reference_logits.float()
-        reference_boxes, bias = start.sigmoid(), queries.attention_bias(to_autocast_dtype(content).dtype)
+        content, reference_logits = queries.content, queries.reference_logits.float()
+        reference_boxes, bias = reference_logits.sigmoid(), queries.attention_bias(autocast_dtype(content))
+        start = reference_logits  # of the same value, and with the gradient that the layer's box passes on
         all_logits, all_boxes = [], []
         for i, level in enumerate(level_of_layer(len(self.layers), len(levels))):
             content = run_layer(
@@ -201,6 +202,6 @@ class Decoder(nn.Module):
             all_boxes.append(box_logits.sigmoid())
             if self.refine_boxes:
                 reference_boxes = all_boxes[-1].detach()
-                # Looking forward, the next layer's loss reaches this layer's change, and no earlier one.
-                start = start.detach() + delta if self.look_forward_twice else box_logits.detach()
+                start = reference_logits + delta if self.look_forward_twice else box_logits.detach()
+                reference_logits = box_logits.detach()
         return Predictions(torch.stack(all_logits), torch.stack(all_boxes))

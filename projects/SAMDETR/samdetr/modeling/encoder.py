@@ -10,7 +10,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.runtime import run_layer, to_autocast_dtype
+from ..ops.runtime import autocast_dtype, run_layer
 from .deformable_attention import MultiScaleDeformableAttention
 from .layers import FeedForward, xavier_uniform_matrices_
 from .levels import flatten_levels, pixel_points, points_in_padded_maps, replace_features
@@ -53,7 +53,8 @@ class PixelSelfAttention(nn.MultiheadAttention):
         rows = [2 * self.embed_dim, self.embed_dim]
         weight, value_weight = self.in_proj_weight.split(rows)
         linear_bias, value_bias = self.in_proj_bias.split(rows)
-        q, k = F.linear(x + position, weight, linear_bias).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        queries_and_keys = F.linear(x + position, weight, linear_bias).unflatten(-1, (2, self.num_heads, -1))
+        q, k = queries_and_keys.permute(2, 0, 3, 1, 4).unbind()
         v = F.linear(x, value_weight, value_bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
@@ -112,7 +113,7 @@ class TransformerEncoder(nn.Module):
         bias = None
         if mask is not None:
             mask = mask[:, None, None]
-            bias = mask.new_zeros(mask.shape, dtype=to_autocast_dtype(memory).dtype).masked_fill_(mask, -math.inf)
+            bias = mask.new_zeros(mask.shape, dtype=autocast_dtype(memory)).masked_fill_(mask, -math.inf)
         for layer in self.layers:
             memory = run_layer(layer, memory, position, bias, recompute=self.recompute)
         return replace_features(levels, memory)

@@ -153,7 +153,7 @@ class SemanticsAligner(nn.Module):
         if self.num_keypoints < self.num_heads:
             values = values.repeat_interleave(self.num_heads // self.num_keypoints, dim=-2)
         keypoints, *scales = values.unbind(-3)
-        return keypoints.tanh(), scales[0] if self.predict_scales else None
+        return keypoints.tanh(), scales[0] if scales else None
 
     def resample(self, features: Tensor, rows: Tensor, columns: Tensor, keypoints: Tensor) -> Tensor:
         """Sample the pooled features bilinearly, with zeros outside (``grid_sample``, corners not aligned).

@@ -35,7 +35,7 @@ def attention_weights(
     Returns:
         (B, M, Q, N) float32, zero at padded pixels.
     """
-    logits = (_by_key_head(q, k) @ k.transpose(2, 3)).float().view(*q.shape[:3], -1)
+    logits = (_by_key_head(q, k) @ k.transpose(2, 3)).float().view(*q.shape[:3], k.shape[2])
     # These operations may work in place, because the backward pass does not need the values before them.
     if bias_x is not None:
         by_pixel = logits.unflatten(-1, (bias_y.shape[-1], bias_x.shape[-1]))

@@ -46,7 +46,7 @@ def resized_blocks(elements: int, device_type: str = "cpu") -> Iterator[None]:
 
 def place(whole: Tensor, block: tuple[slice, ...], part: Tensor) -> Tensor:
     """Return ``whole`` with a block's result in its place, or the result itself if that is everything."""
-    if part.shape == whole.shape:
+    if part.shape == whole.shape and part.dtype == whole.dtype:
         return part
     whole[block] = part
     return whole

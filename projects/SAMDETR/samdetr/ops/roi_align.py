@@ -178,11 +178,8 @@ class _SampleSeparably(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features, rows, columns = ctx.saved_tensors
         pixels = features.flatten(1, 2)
-        grad_pixels, grad_rows, grad_columns = (
-            empty_to_accumulate(pixels),
-            torch.empty_like(rows),
-            torch.empty_like(columns),
-        )
+        grad_pixels = empty_to_accumulate(pixels)
+        grad_rows, grad_columns = torch.empty_like(rows), torch.empty_like(columns)
         for images, some in _SampleSeparably.split(rows, columns):
             y, x, g = rows[images, some], columns[images, some], gradient[images, some]
             weights = (y[..., :, None] * x[..., None, :]).flatten(2).to(pixels.dtype)

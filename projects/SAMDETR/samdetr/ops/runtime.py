@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["exact_products", "is_tracing", "run_layer", "to_autocast_dtype", "triton_runs_on", "upload"]
+__all__ = [
+    "autocast_dtype",
+    "exact_products",
+    "is_tracing",
+    "run_layer",
+    "to_autocast_dtype",
+    "triton_runs_on",
+    "upload",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +44,16 @@ def triton_runs_on(device_type: str) -> bool:
     return False
 
 
-def to_autocast_dtype(x: Tensor) -> Tensor:
-    """Cast ``x`` to the dtype that torch's own matrix products would cast it to under the current autocast."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that torch's own matrix products would cast ``x`` to under the current autocast."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    lower = torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if lower else x.dtype
+
+
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """Cast ``x`` to :func:`autocast_dtype`."""
+    return x.to(autocast_dtype(x))
 
 
 @contextlib.contextmanager

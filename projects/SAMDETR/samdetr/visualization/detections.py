@@ -31,20 +31,18 @@ def _visualizer(image: np.ndarray, class_names: Sequence[str]) -> "Visualizer":
     return Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
 
 
-def _finish(output: "VisImage") -> np.ndarray:
+def _with_labels_inside(output: "VisImage") -> np.ndarray:
     """Return the picture, with the labels moved inside that detectron2 has placed over its edge."""
     frame, renderer = output.ax.get_window_extent(), output.canvas.get_renderer()
-    to_pixels = output.ax.transData
+    to_pixels, from_pixels = output.ax.transData, output.ax.transData.inverted()
     for label in output.ax.texts:
-        text = label.get_window_extent(renderer).padded(
-            renderer.points_to_pixels(1)
-        )  # detectron2 pads it by 0.7 points
+        # With its black box, which is 0.7 points larger.
+        text = label.get_window_extent(renderer).padded(renderer.points_to_pixels(1))
         # A text that is wider than the picture begins at its left edge.
-        shift = (
-            max(frame.x0 - text.x0, min(0, frame.x1 - text.x1)),
-            min(frame.y1 - text.y1, max(0, frame.y0 - text.y0)),
-        )
-        label.set_position(to_pixels.inverted().transform(to_pixels.transform(label.get_position()) + shift))
+        right = max(frame.x0 - text.x0, min(0, frame.x1 - text.x1))
+        up = min(frame.y1 - text.y1, max(0, frame.y0 - text.y0))
+        x, y = to_pixels.transform(label.get_position())
+        label.set_position(from_pixels.transform((x + right, y + up)))
     return output.get_image()
 
 
@@ -66,7 +64,7 @@ def draw_detections(
     confident = instances[instances.scores >= score_threshold]
     visualizer = _visualizer(image, class_names)
     if not confident.has("track_ids"):
-        return _finish(visualizer.draw_instance_predictions(confident))
+        return _with_labels_inside(visualizer.draw_instance_predictions(confident))
     numbers = confident.track_ids.tolist()
     labels = [
         f"{f'#{number} ' if number >= 0 else ''}{visualizer.metadata.thing_classes[i]} {100 * score:.0f}%"
@@ -74,7 +72,7 @@ def draw_detections(
     ]
     colors = [colormaps["tab20"](number % 20)[:3] if number >= 0 else (0.5, 0.5, 0.5) for number in numbers]
     boxes = confident.pred_boxes
-    return _finish(visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors))
+    return _with_labels_inside(visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors))
 
 
 def draw_annotations(image: np.ndarray, record: dict, class_names: Sequence[str]) -> np.ndarray:
@@ -82,7 +80,7 @@ def draw_annotations(image: np.ndarray, record: dict, class_names: Sequence[str]
     # Boxes only: with any masks, detectron2 would want one for every annotation.
     keys = ("bbox", "bbox_mode", "category_id", "iscrowd")
     boxes = [{key: annotation[key] for key in keys if key in annotation} for annotation in record["annotations"]]
-    return _finish(_visualizer(image, class_names).draw_dataset_dict({"annotations": boxes}))
+    return _with_labels_inside(_visualizer(image, class_names).draw_dataset_dict({"annotations": boxes}))
 
 
 def draw_beside_truth(
