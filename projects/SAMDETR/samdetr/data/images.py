@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError
 
@@ -122,7 +122,7 @@ def open_picture(
         except UserError:
             raise
         except Exception as error:  # Pillow's errors for damaged files have no common base
-            raise UserError(f"{name} is not an image that can be read ({type(error).__name__}: {error}).") from error
+            raise UserError(f"{name} is not an image that can be read ({_reason(error)}).") from error
     if annotated_size is not None and picture.size != tuple(annotated_size):
         raise SizeMismatchError(
             f"{name} has {picture.size[0]} x {picture.size[1]} pixels (width x height), but its annotations are for "
@@ -148,7 +148,14 @@ def read_size(source: str | os.PathLike) -> tuple[int, int]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{source} is not an image that can be read ({type(error).__name__}: {error}).") from error
+        raise UserError(f"{source} is not an image that can be read ({_reason(error)}).") from error
+
+
+def _reason(error: Exception) -> str:
+    """Say why a picture cannot be read."""
+    if isinstance(error, UnidentifiedImageError):  # whose message names Python's object for the file
+        return "not in a format that Pillow knows"
+    return f"{type(error).__name__}: {error}"
 
 
 def check_regular_file(path: str | os.PathLike) -> None:
