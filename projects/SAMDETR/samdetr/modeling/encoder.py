@@ -3,13 +3,12 @@
 Shapes: B images, C model width, M heads, V levels, N pixels of all levels together.
 """
 
-import math
-
 from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.attention import mask_as_bias
 from ..ops.runtime import autocast_dtype, run_layer
 from .deformable_attention import MultiScaleDeformableAttention
 from .layers import FeedForward, xavier_uniform_matrices_
@@ -110,10 +109,7 @@ class TransformerEncoder(nn.Module):
     def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
         """Encode the levels; see :data:`ENCODER_REGISTRY`."""
         memory, position, mask = flatten_levels(levels)
-        bias = None
-        if mask is not None:
-            mask = mask[:, None, None]
-            bias = mask.new_zeros(mask.shape, dtype=autocast_dtype(memory)).masked_fill_(mask, -math.inf)
+        bias = None if mask is None else mask_as_bias(mask[:, None, None], autocast_dtype(memory))
         for layer in self.layers:
             memory = run_layer(layer, memory, position, bias, recompute=self.recompute)
         return replace_features(levels, memory)

@@ -7,11 +7,12 @@ Boxes are (cx, cy, w, h), normalised by the image's own size (without padding), 
 Points are (x, y); sizes are (height, width), as in detectron2 and torch.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..ops.attention import mask_as_bias
 
 __all__ = ["AlignedQuery", "DenoisingTargets", "FeatureLevel", "ImageTarget", "Predictions", "QueryBatch"]
 
@@ -103,7 +104,7 @@ class QueryBatch:
         """Return what self-attention adds to its logits: 0, or minus infinity where a query may not attend; None for zeros."""
         if self.attention_mask is None:
             return None
-        return torch.zeros_like(self.attention_mask, dtype=dtype).masked_fill_(~self.attention_mask, -math.inf)
+        return mask_as_bias(~self.attention_mask, dtype)
 
 
 @dataclass

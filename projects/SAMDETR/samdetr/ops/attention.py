@@ -13,7 +13,12 @@ from torch.autograd.function import once_differentiable
 from .blocks import accumulate_product_, blocks, empty_to_accumulate, place
 from .runtime import is_tracing, triton_runs_on
 
-__all__ = ["attend", "attend_plain", "attention_weights"]
+__all__ = ["attend", "attend_plain", "attention_weights", "mask_as_bias"]
+
+
+def mask_as_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what hides keys when it is added to the logits: minus infinity where ``hidden`` (...), bool, is True, else 0."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -math.inf)
 
 
 def attention_weights(

@@ -45,7 +45,16 @@ def resized_blocks(elements: int, device_type: str = "cpu") -> Iterator[None]:
 
 
 def place(whole: Tensor, block: tuple[slice, ...], part: Tensor) -> Tensor:
-    """Return ``whole`` with a block's result in its place, or the result itself if that is everything."""
+    """Put a block's result into its place in ``whole``; without a copy, if the block is everything.
+
+    Args:
+        whole: of the shape and dtype of the result of all blocks.
+        block: the index of its part.
+        part: the block's result, of the shape of ``whole[block]``.
+
+    Returns:
+        ``whole``, or ``part`` itself.
+    """
     if part.shape == whole.shape and part.dtype == whole.dtype:
         return part
     whole[block] = part
@@ -53,7 +62,10 @@ def place(whole: Tensor, block: tuple[slice, ...], part: Tensor) -> Tensor:
 
 
 def empty_to_accumulate(like: Tensor) -> Tensor:
-    """Return a contiguous tensor in float32 or better: a sum over many blocks exceeds what lower precision can hold."""
+    """Return a contiguous tensor in float32 or better, not initialised, for :func:`accumulate_product_`.
+
+    A sum over many blocks exceeds what lower precision can hold.
+    """
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
