@@ -20,7 +20,10 @@ def make_criterion(**options):
 
 def losses_of(predictions, targets, denoising=None, criterion=None):
     """The losses of a batch that is on one process and in one part."""
-    num_denoising = 0 if denoising is None else denoising.num_valid
+    num_denoising = 0
+    if denoising is not None:
+        real = denoising.valid if denoising.negative is None else denoising.valid & ~denoising.negative
+        num_denoising = int(real.sum())
     normalizers = SetCriterion.normalizers(sum(map(len, targets)), num_denoising, torch.device("cpu"))
     return (criterion or make_criterion())(predictions, targets, denoising, normalizers)
 
@@ -50,7 +53,7 @@ def test_denoising_losses_equal_the_loop():
     predictions, targets = make_problem((2, 1), layers=2, queries=4 + 6)
     logits, boxes = predictions.logits, predictions.boxes
     valid = torch.tensor([[True] * 6, [True, False, False, True, False, False]])
-    denoising = DenoisingTargets(torch.randint(4, (2, 6)), torch.rand(2, 6, 4) * 0.5 + 0.2, valid, num_valid=8)
+    denoising = DenoisingTargets(torch.randint(4, (2, 6)), torch.rand(2, 6, 4) * 0.5 + 0.2, valid)
     losses = losses_of(predictions, targets, denoising)
     only_matching = losses_of(predictions.of_queries(slice(4)), targets)
     assert all(torch.equal(losses[name], value) for name, value in only_matching.items())
@@ -70,7 +73,7 @@ def test_negatives_teach_background_only():
     valid = torch.tensor([[True] * 4, [True, False, True, False]])
     negative = torch.tensor([False, False, True, True])
     boxes = torch.rand(2, 4, 4) * 0.5 + 0.2
-    denoising = DenoisingTargets(torch.randint(4, (2, 4)), boxes, valid, num_valid=3, negative=negative)
+    denoising = DenoisingTargets(torch.randint(4, (2, 4)), boxes, valid, negative=negative)
     losses = losses_of(predictions, targets, denoising)
     for layer, suffix in enumerate(("_0", "")):
         expected = torch.zeros(3)
@@ -93,7 +96,7 @@ def test_denoising_gradients_equal_a_plain_formulation():
     logits.requires_grad_()
     boxes.requires_grad_()
     valid = torch.tensor([[True, True], [True, False]])
-    denoising = DenoisingTargets(torch.randint(4, (2, 2)), torch.rand(2, 2, 4) * 0.5 + 0.2, valid, num_valid=3)
+    denoising = DenoisingTargets(torch.randint(4, (2, 2)), torch.rand(2, 2, 4) * 0.5 + 0.2, valid)
     losses = losses_of(predictions, targets, denoising)
     sum(loss for name, loss in losses.items() if "_dn_" in name).backward()
     other_logits, other_boxes = logits.detach().clone().requires_grad_(), boxes.detach().clone().requires_grad_()
@@ -116,7 +119,7 @@ def test_scores_that_are_aware_of_the_iou():
     predictions, targets = make_problem((2, 1), layers=2, queries=4 + 3)
     logits = predictions.logits.requires_grad_()
     valid = torch.tensor([[True, True, False], [True, False, False]])
-    denoising = DenoisingTargets(torch.randint(4, (2, 3)), torch.rand(2, 3, 4) * 0.5 + 0.2, valid, num_valid=3)
+    denoising = DenoisingTargets(torch.randint(4, (2, 3)), torch.rand(2, 3, 4) * 0.5 + 0.2, valid)
     losses = losses_of(predictions, targets, denoising, make_criterion(iou_aware=True))
     matches = make_matcher()(predictions.of_queries(slice(4)), targets)
     labels, boxes = (torch.cat([getattr(target, name) for target in targets]) for name in ("labels", "boxes"))
@@ -167,7 +170,7 @@ def test_without_boxes_every_loss_is_finite_and_reaches_every_prediction(with_de
     denoising = None
     if with_denoising:
         empty = torch.zeros(2, 0)
-        denoising = DenoisingTargets(empty.long(), torch.zeros(2, 0, 4), empty.bool(), num_valid=0)
+        denoising = DenoisingTargets(empty.long(), torch.zeros(2, 0, 4), empty.bool())
     losses = losses_of(predictions, targets, denoising)
     assert len(losses) == (12 if with_denoising else 6)
     sum(losses.values()).backward()

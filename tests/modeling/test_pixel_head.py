@@ -134,10 +134,9 @@ def test_queries_start_from_the_selected_boxes(with_content):
     assert generator.eval()(levels).proposals is None
 
 
-def make_criterion():
-    return SetCriterion(
-        matcher=make_matcher(), class_weight=2.0, l1_weight=5.0, giou_weight=2.0, focal_alpha=0.25, focal_gamma=2.0
-    )
+def make_criterion(**options):
+    weights = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0}
+    return SetCriterion(matcher=make_matcher(), **weights, focal_alpha=0.25, focal_gamma=2.0, **options)
 
 
 def test_each_box_teaches_the_pixels_that_fit_it_best():
@@ -168,3 +167,43 @@ def test_more_pixels_per_box_than_there_are():
     target = ImageTarget(torch.tensor([1]), torch.tensor([[0.5, 0.5, 0.5, 0.5]]))
     losses = head.losses(levels, [target, target], make_criterion(), torch.tensor(2.0))
     assert all(math.isfinite(loss) for loss in losses.values())
+
+
+def losses_without_number(head, levels, targets, criterion):
+    """The losses of all pixels, matched one to one and one to many, before any is divided by a number of boxes or pixels."""
+    one = torch.tensor(1.0)
+    many = head.losses(levels, targets, criterion, one)
+    number = min(head.pixels_per_box, sum(level.features[0, ..., 0].numel() for level in levels))
+    return criterion.matching_losses(head(levels), targets, one) | {name: loss * number for name, loss in many.items()}
+
+
+@pytest.mark.parametrize("iou_aware", [False, True])
+def test_padded_pixels_learn_nothing(iou_aware):
+    """The second image has five boxes, more than its four pixels: its losses are those that it has alone."""
+    criterion = make_criterion(iou_aware=iou_aware)
+    head, levels = make_head(DenseHead, pixels_per_box=6), make_levels(sizes=((4, 6),), valid=[(2, 2)])
+    targets = [ImageTarget(torch.randint(4, (n,)), torch.rand(n, 4) * 0.3 + 0.3) for n in (3, 5)]
+    together = losses_without_number(head, levels, targets, criterion)
+    (level,) = levels
+    first = FeatureLevel(level.features[:1], level.position, level.valid_size[:1])
+    second = FeatureLevel(level.features[1:, :2, :2], level.position[:, :2, :2], level.valid_size[1:])
+    alone = [
+        losses_without_number(head, [part], [target], criterion)
+        for part, target in zip((first, second), targets, strict=True)
+    ]
+    for name, loss in together.items():
+        assert torch.isclose(loss, alone[0][name] + alone[1][name], rtol=1e-4), name
+
+
+def test_boxes_that_share_a_pixel_may_come_in_any_order():
+    """Scores that are aware of the IoU: of several targets for one pixel and class, the largest counts."""
+    head, levels = make_head(DenseHead, pixels_per_box=10), make_levels()
+    labels, boxes = torch.tensor([1, 1, 2]), torch.rand(3, 4) * 0.3 + 0.3
+    criterion = make_criterion(iou_aware=True)
+
+    def losses(order):
+        targets = [ImageTarget(labels[order], boxes[order])] * 2
+        return head.losses(levels, targets, criterion, torch.tensor(1.0))
+
+    forward, backward = losses([0, 1, 2]), losses([2, 1, 0])
+    assert all(torch.isclose(forward[name], backward[name], rtol=1e-5) for name in forward)

@@ -46,7 +46,7 @@ def test_layout_and_targets_of_denoising_queries():
     queries = generator(make_levels(3), targets)
     assert queries.content.shape == (3, 6 + 3 * 4, 16)
     denoising = queries.denoising
-    assert denoising.num_valid == 3 * (2 + 0 + 4) == denoising.valid.sum()
+    assert generator.num_denoising(targets) == 3 * (2 + 0 + 4) == denoising.valid.sum()
     for image, target in enumerate(targets):
         for group in range(3):
             slots = slice(group * 4, group * 4 + len(target))
@@ -100,7 +100,7 @@ def test_negatives_have_more_noise_and_are_background():
     clean, num_groups = generator.repeat_targets(targets)
     assert num_groups == 2 and queries.content.shape[1] == 3 + 2 * 2 * 4
     assert clean.negative.tolist() == ([False] * 4 + [True] * 4) * 2
-    assert clean.num_valid == 2 * (4 + 2) == clean.valid[:, ~clean.negative].sum()
+    assert generator.num_denoising(targets) == 2 * (4 + 2) == clean.valid[:, ~clean.negative].sum()
     _, boxes = generator.add_noise(clean)
     size = clean.boxes[..., 2:]
     share = ((boxes - clean.boxes) / torch.cat([size / 2, size], dim=-1) / 0.4).abs()[clean.valid]
@@ -151,7 +151,8 @@ def test_number_of_queries_is_bounded(counts, groups, slots):
     denoising, num_groups = generator.repeat_targets(targets)
     assert num_groups == groups
     assert denoising.labels.shape == (len(counts), groups * slots)
-    assert denoising.num_valid == groups * sum(min(count, 500) for count in counts)
+    expected = groups * sum(min(count, 500) for count in counts)
+    assert generator.num_denoising(targets) == expected == denoising.valid.sum()
     queries = generator(make_levels(len(counts)), targets)
     assert queries.content.shape[1] == 6 + groups * slots
 

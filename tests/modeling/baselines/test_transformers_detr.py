@@ -235,7 +235,7 @@ def test_denoising_queries_do_not_change_what_matching_queries_predict():
         alone, _ = model.decode(encoded)
         together, queries = model.decode(encoded, targets)
         other, _ = model.decode(encoded, targets)  # other noise
-    assert together.boxes.shape[2] == 12 + 5 * 2 and queries.denoising.num_valid == 5 * 3
+    assert together.boxes.shape[2] == 12 + 5 * 2 and queries.denoising.valid.sum() == 5 * 3
     for found in (together, other):
         assert torch.allclose(found.of_queries(slice(12)).boxes, alone.boxes, atol=1e-5)
         assert torch.allclose(found.of_queries(slice(12)).logits, alone.logits, atol=1e-4)

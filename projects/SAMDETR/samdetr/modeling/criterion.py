@@ -150,17 +150,31 @@ class SetCriterion:
     def losses_of_matches(
         self, prefix: str, predictions: Predictions, targets: list[ImageTarget], matches: Matches, normalizer: Tensor
     ) -> dict[str, Tensor]:
-        """Return the losses of given matches; what is not matched is background. For the arguments see above."""
+        """Return the losses of given matches; what is not matched is background. For the arguments see above.
+
+        A pixel that is matched with several boxes of one class is to have the largest of their scores. A padded pixel, which is
+        matched only where an image has more boxes than pixels, learns nothing.
+        """
         logits = predictions.logits
         labels = torch.cat([target.labels for target in targets])[matches.target]  # (L, pairs)
         boxes = torch.cat([target.boxes for target in targets])[matches.target].float()  # (L, pairs, 4)
         layer = torch.arange(len(logits), device=logits.device)[:, None]
         matched_boxes = predictions.boxes[layer, matches.image, matches.query]
         place = layer, matches.image, matches.query, labels
-        class_targets = torch.zeros_like(logits)
-        class_targets[place] = self.class_target(logits[place], matched_boxes, boxes)
-        class_loss = self.class_loss(logits, class_targets).sum((1, 2, 3))
+        scores = self.class_target(logits[place], matched_boxes, boxes)
         l1, giou = self.box_losses(matched_boxes, boxes)
+        if predictions.is_padding is not None:
+            learns = ~predictions.is_padding[matches.image, matches.query]
+            scores, l1, giou = scores * learns, l1 * learns, giou * learns
+        class_targets = torch.zeros_like(logits)
+        if self.iou_aware:
+            index = place[0]
+            for size, indices in zip(logits.shape[1:], place[1:]):
+                index = index * size + indices
+            class_targets.view(-1).scatter_reduce_(0, index.flatten(), scores.flatten(), "amax")
+        else:  # all equal
+            class_targets[place] = scores
+        class_loss = self.class_loss(logits, class_targets).sum((1, 2, 3))
         if has_event_storage() and giou.shape[1]:
             storage = get_event_storage()
             # Reading it waits for a GPU, and so only when the metrics are written.

@@ -19,6 +19,8 @@ from .structures import ImageTarget, Predictions
 
 __all__ = ["HungarianMatcher", "Matches"]
 
+_PADDING_COST = 1e4  # more than any finite prediction costs with the usual weights, and finite as well
+
 
 @dataclass
 class Matches:
@@ -144,6 +146,8 @@ class HungarianMatcher:
                 predictions.boxes.transpose(0, 1)[image[some]].float(),
                 boxes[some, None, None],
             )
+        if predictions.is_padding is not None:
+            costs.masked_fill_(predictions.is_padding[image][:, None], _PADDING_COST)
         return costs
 
     def pair_costs(self, logits: Tensor, boxes: Tensor, target_boxes: Tensor) -> Tensor:

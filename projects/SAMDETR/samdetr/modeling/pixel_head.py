@@ -56,14 +56,15 @@ class PixelHead(nn.Module):
             "anchor_size": node.ANCHOR_SIZE,
         }
 
-    def classify(self, levels: list[FeatureLevel]) -> tuple[Tensor, Tensor]:
-        """Return the pixels' features (B, N, C) and class logits (B, N, K), float32, lowest at padded pixels."""
+    def classify(self, levels: list[FeatureLevel]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the pixels' features (B, N, C), class logits (B, N, K), float32, lowest at padded pixels, and which pixels
+        are padded, (B, N), None if none is."""
         memory, _, padding_mask = flatten_levels(levels)
         features = self.norm(self.projection(memory))
         logits = self.class_head(features).float()
         if padding_mask is not None:
             logits = logits.masked_fill(padding_mask[..., None], _LOWEST_LOGIT)
-        return features, logits
+        return features, logits, padding_mask
 
     def box_logits(self, features: Tensor, anchors: Tensor) -> Tensor:
         """Return the logits of boxes, (B, n, 4) float32, from features (B, n, C) and anchors (B, n, 4)."""
@@ -78,9 +79,9 @@ class PixelHead(nn.Module):
 
     def forward(self, levels: list[FeatureLevel]) -> Predictions:
         """Predict at every pixel, as one decoder layer does for its queries: (1, B, N, K) and (1, B, N, 4)."""
-        features, logits = self.classify(levels)
+        features, logits, padding_mask = self.classify(levels)
         boxes = self.box_logits(features, self.anchors(levels)).sigmoid()
-        return Predictions(logits[None], boxes[None])
+        return Predictions(logits[None], boxes[None], padding_mask)
 
 
 class EncoderSelection(PixelHead):
@@ -114,7 +115,7 @@ class EncoderSelection(PixelHead):
             (B, Q, C), zero where there is no pixel, or None; and, in training, the predictions of all pixels, see
             :meth:`forward`.
         """
-        features, logits = self.classify(levels)
+        features, logits, padding_mask = self.classify(levels)
         # As many further candidates as queries, so that there are always enough.
         scores = nn.functional.pad(logits.detach().amax(-1), (0, num_queries), value=_LOWEST_LOGIT)
         scores, selected = scores.topk(num_queries, dim=1)
@@ -127,7 +128,7 @@ class EncoderSelection(PixelHead):
 
         if self.training:
             all_boxes = self.box_logits(features, anchors)
-            predictions = Predictions(logits[None], all_boxes.sigmoid()[None])
+            predictions = Predictions(logits[None], all_boxes.sigmoid()[None], padding_mask)
             boxes = of_selected(all_boxes.detach())
         else:
             predictions = None

@@ -228,7 +228,6 @@ class DenoisingQueryGenerator(LearnedQueryGenerator):
             labels=labels.repeat(1, repeats),
             boxes=boxes.repeat(1, repeats, 1),
             valid=valid.repeat(1, repeats),
-            num_valid=self.num_denoising(targets),
             negative=negative,
         ), num_groups
 

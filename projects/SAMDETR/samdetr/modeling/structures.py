@@ -67,14 +67,12 @@ class DenoisingTargets:
         labels: (B, Q_dn) int64, the class of each of Q_dn denoising queries; arbitrary where ``valid`` is False.
         boxes: (B, Q_dn, 4), normalised (cx, cy, w, h).
         valid: (B, Q_dn) bool, False for slots that only pad an image with fewer boxes than another.
-        num_valid: number of valid slots that are objects, as a Python int; reading it does not synchronise with the GPU.
         negative: (Q_dn,) bool, True for queries that have so much noise that they are background; None if none has.
     """
 
     labels: Tensor
     boxes: Tensor
     valid: Tensor
-    num_valid: int
     negative: Tensor | None = None
 
 
@@ -131,10 +129,13 @@ class Predictions:
     Attributes:
         logits: (L, B, Q, K) float32 class logits.
         boxes: (L, B, Q, 4) float32, normalised (cx, cy, w, h).
+        is_padding: (B, Q) bool, True for padded pixels among the pixels that stand in place of queries: they are matched last,
+            and learn nothing; None if there are none.
     """
 
     logits: Tensor
     boxes: Tensor
+    is_padding: Tensor | None = None
 
     def of_queries(self, queries: slice) -> "Predictions":
         """Return the predictions of some of the queries."""
