@@ -46,6 +46,19 @@ def test_a_match_does_not_depend_on_the_batch():
     assert torch.equal(together.target[:, together.image == 1] - 4, alone.target)
 
 
+def test_many_boxes_among_very_many_candidates():
+    """Only the cheapest candidates of each box are looked at, and the total cost is the smallest all the same."""
+    predictions, targets = make_problem((20,), layers=2, queries=1000)
+    predictions.logits[..., :50, :] += 5  # candidates that every box wants
+    matcher = make_matcher()
+    matches, costs = matcher(predictions, targets), matcher.costs(predictions, targets)
+    for layer in range(2):
+        rows, columns = linear_sum_assignment(costs[:, layer].numpy())
+        queries, boxes = matches.query[layer], matches.target[layer]
+        assert len(queries.unique()) == len(boxes.unique()) == 20
+        assert torch.isclose(costs[boxes, layer, queries].sum(), costs[rows, layer, columns].sum(), rtol=1e-6)
+
+
 def test_more_boxes_than_queries():
     matches = make_matcher()(*make_problem((11,), queries=3))
     assert matches.query.shape == (2, 3)

@@ -40,6 +40,17 @@ class Matches:
     finite: list[bool]
 
 
+def _assign(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows and columns of the assignment of boxes (rows) to candidates (columns) at the smallest total cost."""
+    num_boxes, num_candidates = costs.shape
+    if num_boxes < 16 or 2 * num_boxes**2 > num_candidates:
+        return linear_sum_assignment(costs)
+    # Among so many candidates, pixels above all, a box needs the cheapest num_boxes only: others take one less at most.
+    cheapest = np.unique(np.argpartition(costs, num_boxes - 1, axis=1)[:, :num_boxes])
+    rows, columns = linear_sum_assignment(costs[:, cheapest])
+    return rows, cheapest[columns]
+
+
 class HungarianMatcher:
     """Assign each box to one query, at the smallest total cost, in every image and layer."""
 
@@ -94,7 +105,7 @@ class HungarianMatcher:
             if not finite[image]:
                 block = np.nan_to_num(block)
             for layer in range(num_layers):
-                rows, columns = linear_sum_assignment(block[:, layer])
+                rows, columns = _assign(block[:, layer])
                 queries[layer].extend(columns.tolist())
                 matched[layer].extend((rows + first_box).tolist())
             images.extend([image] * min(num_queries, len(target)))
