@@ -24,6 +24,15 @@ def test_backbone_has_its_own_rate_and_decay_applies_to_everything():
     assert not any(name.startswith(("backbone.stem", "backbone.res2")) for name in trainable)
 
 
+def test_biases_have_a_factor_beside_the_backbones():
+    cfg = tiny_config("SOLVER.BACKBONE_MULTIPLIER", 0.1, "SOLVER.BIAS_LR_FACTOR", 2.0)
+    model = build_model(cfg)
+    rates = {id(p): group["lr"] for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        factor = (0.1 if name.startswith("backbone.") else 1.0) * (2.0 if name.endswith(".bias") else 1.0)
+        assert rates[id(parameter)] == pytest.approx(cfg.SOLVER.BASE_LR * factor), name
+
+
 def test_a_detector_may_have_slower_parameters():
     pytest.importorskip("transformers")
     options = ["MODEL.META_ARCHITECTURE", "TransformersDETR", "MODEL.TRANSFORMERS.DETECTOR", "deformable_detr"]
@@ -45,6 +54,20 @@ def test_gradients_are_clipped_together():
     norm = (3 * 4 + 4 * 1) ** 0.5
     assert torch.allclose(a.grad, torch.full((3,), 2.0) * 0.1 / norm)
     assert torch.allclose(b.grad, torch.full((4,), -1.0) * 0.1 / norm)
+
+
+def test_gradients_of_a_closure_are_clipped():
+    a = torch.nn.Parameter(torch.zeros(3))
+    optimizer = FullModelClippingAdamW([a], lr=0.1, max_norm=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (2 * a).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 0
+    assert torch.allclose(a.grad.norm(), torch.tensor(0.1))
 
 
 def test_gradients_that_were_measured_are_not_measured_again(monkeypatch):

@@ -75,6 +75,10 @@ class FullModelClippingAdamW(torch.optim.AdamW):
         super().zero_grad(*args, **kwargs)
 
     def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         norm = self.measure_gradients() if self._measured_norm is None else self._measured_norm
         self._measured_norm = None
         scale = getattr(self, "grad_scale", None)  # set by a GradScaler that leaves unscaling to the fused step
@@ -82,7 +86,8 @@ class FullModelClippingAdamW(torch.optim.AdamW):
             norm = norm / scale
         parameters = [p for group in self.param_groups for p in group["params"]]
         torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
-        return super().step(closure)
+        super().step()
+        return loss
 
 
 def backbone_lr_factor(name: str, multiplier: float) -> float:
@@ -94,8 +99,8 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer that ``cfg.SOLVER.OPTIMIZER`` names: detectron2's SGD, or AdamW.
 
     With AdamW, parameters of ``model.backbone`` learn at ``BASE_LR * BACKBONE_MULTIPLIER``, all others at ``BASE_LR``, each
-    times ``model.lr_factor(name)`` if the model has such a method; frozen ones are left out. Weight decay applies to
-    everything, as published, unless ``WEIGHT_DECAY_NORM`` or ``WEIGHT_DECAY_BIAS`` say otherwise.
+    times ``model.lr_factor(name)`` if the model has such a method, and biases times ``BIAS_LR_FACTOR``; frozen ones are left
+    out. Weight decay applies to everything, as published, unless ``WEIGHT_DECAY_NORM`` or ``WEIGHT_DECAY_BIAS`` say otherwise.
 
     Raises:
         UserError: ``CLIP_GRADIENTS`` asks for clipping over the full model by something other than the norm.
@@ -103,15 +108,18 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
     if cfg.SOLVER.OPTIMIZER == "SGD":
         return build_sgd(cfg, model)
     own_factor = getattr(model, "lr_factor", lambda name: 1.0)
-    multiplier = cfg.SOLVER.BACKBONE_MULTIPLIER
+
+    def lr_factor(name: str) -> float:
+        of_bias = cfg.SOLVER.BIAS_LR_FACTOR if name.endswith(".bias") else 1.0
+        return backbone_lr_factor(name, cfg.SOLVER.BACKBONE_MULTIPLIER) * own_factor(name) * of_bias
+
     parameters = get_default_optimizer_params(
         model,
         base_lr=cfg.SOLVER.BASE_LR,
         weight_decay=cfg.SOLVER.WEIGHT_DECAY,
         weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-        lr_factor_func=lambda name: backbone_lr_factor(name, multiplier) * own_factor(name),
+        lr_factor_func=lr_factor,
     )
     # A fused step passes over the weights once instead of a dozen times.
     fused = all(p.device.type in ("cpu", "cuda") for group in parameters for p in group["params"])
