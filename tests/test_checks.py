@@ -32,7 +32,7 @@ ODD_WIDTH = [
         ),
         (
             ["MODEL.SAMDETR.QUERY_GENERATOR.CONTENT_FROM_ENCODER", True],
-            r"CONTENT_FROM_ENCODER is True, but nothing is selected there: set SELECT_FROM_ENCODER True",
+            r"CONTENT_FROM_ENCODER is True, which has no effect while .*SELECT_FROM_ENCODER is False: set that to True",
         ),
         (["MODEL.SAMDETR.ALIGNER.NAME", "X"], r"ALIGNER\.NAME is 'X'.*IdentityAligner, SemanticsAligner"),
         (["MODEL.SAMDETR.ENCODER.NAME", "X"], r"ENCODER\.NAME is 'X'.*DeformableTransformerEncoder"),
@@ -65,6 +65,19 @@ ODD_WIDTH = [
         (
             [*TRANSFORMERS, "detr", "MODEL.SAMDETR.DENSE_HEAD.ENABLED", True],
             r"DENSE_HEAD\.ENABLED is True, which has no effect here: set it to False",
+        ),
+        (
+            ["MODEL.SAMDETR.QUERY_GENERATOR.DN_NEGATIVES", True],
+            r"DN_NEGATIVES is True, .*NAME is 'LearnedQueryGenerator': set that to 'DenoisingQueryGenerator'",
+        ),
+        (
+            ["MODEL.SAMDETR.DECODER.LOOK_FORWARD_TWICE", True, "MODEL.SAMDETR.DECODER.BOX_REFINEMENT", False],
+            r"LOOK_FORWARD_TWICE is True, which has no effect while .*BOX_REFINEMENT is False",
+        ),
+        (["MODEL.SAMDETR.DROPOUT", 0.1], r"SAMDETR\.DROPOUT is 0\.1, which has no effect here: set it to 0\.0"),
+        (
+            ["MODEL.META_ARCHITECTURE", "AnchorDETR", "MODEL.SAMDETR.QUERY_GENERATOR.NAME", "DenoisingQueryGenerator"],
+            r"QUERY_GENERATOR\.NAME is 'DenoisingQueryGenerator', which has no effect here: set it to 'LearnedQueryGenerator'",
         ),
         ([*TRANSFORMERS, "detr", "MODEL.SAMDETR.NUM_CLASSES", 80], r"NUM_CLASSES is 80, but 'digits_train'"),
         ([*TRANSFORMERS, "detr", "MODEL.TRANSFORMERS.DROPOUT", 1.5], r"TRANSFORMERS\.DROPOUT is 1\.5: it must be"),

@@ -231,6 +231,8 @@ def test_devices_that_are_not_there(checkpoint):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device here"):
             samdetr.load(checkpoint[0], device="cuda")
+        with pytest.raises(ValueError, match="no CUDA device here"):
+            samdetr.load(checkpoint[0], options=["MODEL.DEVICE", "cuda"])
 
 
 def test_a_config_with_weights_uses_what_they_carry(checkpoint, tmp_path):
@@ -245,6 +247,8 @@ def test_a_config_with_weights_uses_what_they_carry(checkpoint, tmp_path):
     predictor = samdetr.load(tmp_path / "config.yaml", device="cpu")
     assert predictor.class_names[3] == "name 3" and predictor.category_ids == list(range(1, 11))
     assert not any(parameter.any() for parameter in predictor.model.parameters())
+    with pytest.raises(UserError, match=r"config\.yaml is a config, and other\.yaml another: name one"):
+        samdetr.load(tmp_path / "config.yaml", config_file="other.yaml", device="cpu")
 
 
 def test_thin_images_keep_a_line(checkpoint):

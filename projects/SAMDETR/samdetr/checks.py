@@ -199,12 +199,17 @@ def _check_choices(cfg: CfgNode, choices: dict[str, tuple]) -> None:
 def _check_unsupported(cfg: CfgNode) -> None:
     """Refuse what would have no effect here, so that nobody relies on it."""
     refused = dict(UNSUPPORTED)
-    if cfg.MODEL.META_ARCHITECTURE in SET_DETECTORS:
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name in SET_DETECTORS:
         refused |= UNSUPPORTED_BY_SET_DETECTORS
-        if cfg.MODEL.META_ARCHITECTURE != "SAMDETR":
+        if name != "SAMDETR":
             refused |= UNSUPPORTED_BY_BASELINES
-    if cfg.MODEL.META_ARCHITECTURE == "TransformersDETR":
-        refused |= UNSUPPORTED_BY_TRANSFORMERS
+        if name == "TransformersDETR":
+            refused |= UNSUPPORTED_BY_TRANSFORMERS
+        elif name != "SAMDETR":
+            refused["MODEL.SAMDETR.QUERY_GENERATOR.NAME"] = "LearnedQueryGenerator"
+        if name != "SMCADETR":
+            refused["MODEL.SAMDETR.DROPOUT"] = 0.0
     for key, supported in refused.items():
         value = value_of(cfg, key)
         if (tuple(value) if isinstance(value, list) else value) != supported:
@@ -265,11 +270,16 @@ def _check_model(cfg: CfgNode) -> None:
         raise UserError(
             f"MODEL.SAMDETR.HIDDEN_DIM is {node.HIDDEN_DIM}: it must be a multiple of 4 (for sines and cosines of x and y)."
         )
-    if node.QUERY_GENERATOR.CONTENT_FROM_ENCODER and not node.QUERY_GENERATOR.SELECT_FROM_ENCODER:
-        raise UserError(
-            "MODEL.SAMDETR.QUERY_GENERATOR.CONTENT_FROM_ENCODER is True, but nothing is selected there: set "
-            "SELECT_FROM_ENCODER True as well."
-        )
+    for key, other, without, needed in (
+        ("QUERY_GENERATOR.CONTENT_FROM_ENCODER", "QUERY_GENERATOR.SELECT_FROM_ENCODER", False, True),
+        ("QUERY_GENERATOR.DN_NEGATIVES", "QUERY_GENERATOR.NAME", "LearnedQueryGenerator", "DenoisingQueryGenerator"),
+        ("DECODER.LOOK_FORWARD_TWICE", "DECODER.BOX_REFINEMENT", False, True),
+    ):
+        if value_of(node, key) and value_of(node, other) == without:
+            raise UserError(
+                f"MODEL.SAMDETR.{key} is True, which has no effect while MODEL.SAMDETR.{other} is {without!r}: set that to "
+                f"{needed!r}, or {key} False."
+            )
     if not any(node.MATCHER.values()):
         raise UserError("All weights in MODEL.SAMDETR.MATCHER are 0, so that nothing is matched: raise one of them.")
     for key in ("MODEL.SAMDETR.IN_FEATURES", "MODEL.RESNETS.OUT_FEATURES"):

@@ -129,18 +129,21 @@ def load(
         source: a checkpoint that this project has saved, which carries its config and class names; or a config file, whose
             ``MODEL.WEIGHTS`` is loaded.
         config_file: the config of a checkpoint that carries none, or another one than it carries; a path or a name, see
-            :func:`samdetr.load_config`.
+            :func:`samdetr.load_config`. Not if ``source`` is a config itself.
         class_names: the classes' names, if the checkpoint carries none.
-        device: where to run, "cpu" or "cuda"; by default CUDA if there is any.
+        device: where to run, "cpu" or "cuda"; by default ``MODEL.DEVICE`` among the options, or CUDA if there is any.
         options: alternating keys and values that replace those of the config.
 
     Raises:
         UserError: a file is missing or unreadable; the checkpoint does not fit the config; or it carries no config and none
-            is given.
+            is given, or there are two configs.
     """
+    device = device or dict(zip(options[::2], options[1::2])).get("MODEL.DEVICE")
     device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = os.fspath(source)
     if _is_config(source):
+        if config_file is not None:
+            raise UserError(f"{source} is a config, and {config_file} another: name one.", argument="config_file")
         with _mistakes_in("source"):
             cfg = load_config(source)
         merge_options(cfg, options)

@@ -23,6 +23,10 @@ def class_parameters(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if _CLASS_PARAMETERS.fullmatch(name))
 
 
+# What a checkpoint may have beyond the model that is to predict with it: nothing of this changes a box.
+_NOT_NEEDED = re.compile(r"^dense_head\.|^pixel_(mean|std)$|anchor_generator\.|(mask|keypoint)_head\.|\.num_batches_tracked$")
+
+
 def check_fit(path: str, model: torch.nn.Module, weights: dict, *, complete: bool) -> None:
     """Check that weights fit a model.
 
@@ -30,8 +34,9 @@ def check_fit(path: str, model: torch.nn.Module, weights: dict, *, complete: boo
         path: of the checkpoint, for the message.
         model: the model.
         weights: by name, in this project's names.
-        complete: whether every parameter must be among them (evaluation). Otherwise they may be a part of the model, such as
-            its backbone, and of another number of classes; but whatever they have of the model must fit.
+        complete: whether every parameter must be among them, and nothing else that predictions depend on (evaluation).
+            Otherwise they may be a part of the model, such as its backbone, or have further parts, and be of another number of
+            classes; but whatever they have of the model must fit.
 
     Raises:
         UserError: they do not fit.
@@ -49,6 +54,12 @@ def check_fit(path: str, model: torch.nn.Module, weights: dict, *, complete: boo
     if not complete:
         reset = class_parameters(wrong)
         wrong = [name for name in wrong if name not in reset or shapes[name][1:] != own[name][1:]]
+    unused = [name for name in shapes if name not in own and not _NOT_NEEDED.search(name)]
+    if complete and unused and not wrong:
+        raise UserError(
+            f"{path} is of another architecture than the config: {len(unused)} of its parameters are not in the model, such as "
+            f"{unused[0]}. Use the config that the checkpoint was trained with (config.yaml beside it)."
+        )
     if wrong:
         name = next((name for name in wrong if name in shapes), wrong[0])
         found = f"has shape {shapes[name]} in the file" if name in shapes else "is not in the file"
