@@ -45,6 +45,19 @@ def test_another_class_count_starts_from_scratch_and_says_so(tmp_path, caplog):
     assert torch.equal(model.decoder.box_heads[0].layers[0].weight, trained.decoder.box_heads[0].layers[0].weight)
 
 
+def test_as_many_other_classes_keep_the_heads_and_it_says_so(tmp_path, caplog):
+    trained, model = tiny_model(), tiny_model()
+    names = [f"old {i}" for i in range(10)]
+    torch.save({"model": trained.state_dict(), "class_names": names}, tmp_path / "ten.pth")
+    message = "trained on other classes (old 0, old 1, old 2, old 3, old 4, ...), as many as here"
+    for own, says in ((names, False), ([f"new {i}" for i in range(10)], True), (None, False)):
+        caplog.clear()
+        checkpointer = CheckedCheckpointer(model, complete=False, description={"class_names": own})
+        checkpointer.load(str(tmp_path / "ten.pth"))
+        assert (message in caplog.text) == says
+    assert torch.equal(model.decoder.class_heads[0].weight, trained.decoder.class_heads[0].weight)
+
+
 def test_a_loaded_checkpoint_does_not_stay_in_memory(tmp_path):
     CheckedCheckpointer(tiny_model(), str(tmp_path), complete=True).save("model")
     checkpoint = Checkpoint.read(tmp_path / "model.pth")

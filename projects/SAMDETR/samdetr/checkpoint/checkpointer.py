@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .checkpoint import Checkpoint, write_atomically
 from .validation import check_fit, class_parameters
 
@@ -24,7 +24,8 @@ class CheckedCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer, with checks.
 
     It writes a file whole or not at all, and refuses a checkpoint that does not fit the model. If a model is initialised from
-    a checkpoint with another number of classes, its class heads and label embedding start from scratch, and the log says so.
+    a checkpoint with another number of classes, its class heads and label embedding start from scratch; with the same number
+    of other classes they are kept. The log says so.
     A run whose last checkpoint is damaged resumes from the one before.
     """
 
@@ -165,6 +166,14 @@ class CheckedCheckpointer(DetectionCheckpointer):
         if reset:
             logger.warning(
                 "%s was trained with another number of classes: %s start from scratch.", self._path, ", ".join(reset)
+            )
+        own, theirs = self.description.get("class_names"), checkpoint.get("class_names")
+        if not self.complete and own and theirs and own != theirs and len(own) == len(theirs):
+            logger.warning(
+                "%s was trained on other classes (%s), as many as here: each class starts from the weights of the one with its "
+                "number.",
+                self._path,
+                one_line(", ".join(theirs[:5]) + (", ..." if len(theirs) > 5 else "")),
             )
         return incompatible
 
