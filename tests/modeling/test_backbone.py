@@ -51,7 +51,7 @@ def test_a_norm_that_is_replaced_is_not_folded():
 
 
 def test_kept_scales_follow_the_norms_buffers():
-    """Whatever changes them, and whatever mode the scales were made in."""
+    """Whatever changes them but `.data`, and whatever mode the scales were made in."""
     module = optimize_backbone(Conv2d(6, 8, 3, bias=True, norm=FrozenBatchNorm2d(8)))
     x = torch.randn(2, 6, 9, 7)
 
@@ -77,6 +77,21 @@ def test_kept_scales_follow_the_norms_buffers():
     copied.norm.weight.mul_(3)
     assert not torch.allclose(check(copied, x), check(module, x))
     assert check(module.double(), x.double()).dtype == torch.float64
+
+
+def test_a_copy_does_not_keep_the_scales():
+    """Even if its buffers have changed as often as the original's had."""
+    module = optimize_backbone(Conv2d(6, 8, 3, norm=FrozenBatchNorm2d(8)))
+    x, weights = torch.randn(2, 6, 9, 7), module.state_dict()
+    for _ in range(3):
+        module.load_state_dict({name: value.clone() for name, value in weights.items()})
+    module(x)
+    copied = copy.deepcopy(module)
+    other = {name: torch.rand_like(value) + 0.5 for name, value in weights.items()}
+    while copied.norm.weight._version < module.norm.weight._version:
+        copied.load_state_dict(other)
+    assert torch.equal(copied.norm.weight, other["norm.weight"])
+    assert torch.allclose(copied(x), Conv2d.forward(copied, x), atol=1e-5)
 
 
 def test_norms_that_learn_are_not_folded():

@@ -43,8 +43,12 @@ class FoldedConv2d(Conv2d):
         x = folded_conv2d(x, self.weight, scale, shift, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
+    def __getstate__(self) -> dict:
+        """Return what is copied and pickled: not what is kept, because a copy's buffers count their changes anew."""
+        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
+
     def _scale_and_shift(self, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
-        """Return the norm's scale and shift, (C_out,), which are kept until its buffers change."""
+        """Return the norm's scale and shift, (C_out,), which are kept until its buffers change (other than by ``.data``)."""
         buffers = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         if is_tracing() or torch.is_inference_mode_enabled():  # nothing that is made there can be used elsewhere
             return _scale_and_shift(*buffers, norm.eps)
