@@ -35,17 +35,18 @@ def test_blocks_give_what_the_plain_attention_gives(elements, groups, bias, padd
         assert torch.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("lower", ["", "q", "k", "v"])
 @pytest.mark.parametrize("elements", [1, 10**6])
 @pytest.mark.usefixtures("uninitialised_memory")
-def test_in_mixed_precision_it_is_of_the_values_type_in_one_block_and_in_many(elements):
+def test_in_mixed_precision_it_is_computed_in_autocasts_dtype_whatever_it_gets(elements, lower):
     q, k, v = (torch.randn(2, 2, n, 8, requires_grad=True) for n in (7, 20, 20))
     expected = attend_plain(q, k, v)
     gradient = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, (q, k, v), gradient)
     with resized_blocks(elements), torch.autocast("cpu", dtype=torch.bfloat16):
-        found = attend(q, k, v)
-        assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=0.05)
-        for a, b in zip(torch.autograd.grad(found, (q, k, v), gradient), gradients):
+        found = attend(*(x.bfloat16() if name in lower else x for name, x in zip("qkv", (q, k, v))))
+        assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), expected, atol=0.05)
+        for a, b in zip(torch.autograd.grad(found, (q, k, v), gradient.bfloat16()), gradients):
             assert a.dtype == torch.float32 and torch.allclose(a, b, atol=0.1)
 
 

@@ -49,6 +49,14 @@ def test_boxes_on_whole_pixels():
     assert torch.allclose(pooled.flatten(), torch.tensor([(5 + 6 + 9 + 10) / 4, 4.0]))
 
 
+def test_no_boxes_at_all():
+    features = torch.randn(2, 5, 9, 6, requires_grad=True)
+    pooled = pool(features, torch.zeros(2, 0, 4), torch.tensor([[5.0, 9.0], [4.0, 6.0]]), 7)
+    assert pooled.shape == (2, 0, 7, 7, 6)
+    pooled.sum().backward()
+    assert not features.grad.any()
+
+
 def test_no_gradient_reaches_the_boxes():
     boxes = random_boxes(1, 3).requires_grad_()
     pooled = pool(torch.randn(1, 4, 4, 2, requires_grad=True), boxes, torch.tensor([[4.0, 4.0]]), 2)

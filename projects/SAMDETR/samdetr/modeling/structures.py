@@ -39,7 +39,7 @@ class FeatureLevel:
         return self.features.shape[1], self.features.shape[2]
 
     def in_pixels(self, points: Tensor) -> Tensor:
-        """Scale points (B, Q, M, 2), in [0, 1] inside the valid image, to pixels of this map; float32."""
+        """Scale points (B, Q, M, 2), from 0 to 1 inside the valid image, to pixels of this map; float32."""
         return points.float() * self.valid_size.flip(-1)[:, None, None]
 
 
@@ -112,7 +112,8 @@ class AlignedQuery:
     Attributes:
         content: (B, Q, M, C), the content query of each head.
         position: (B, Q, M, C), the position query of each head.
-        keypoints: (B, Q, M, 2), the point (x, y) of each head, in [0, 1] inside the valid image.
+        keypoints: (B, Q, M, 2), the point (x, y) of each head, from 0 to 1 inside the valid image; a box that reaches over its
+            edge may have points outside.
         gaussian_scales: (B, Q, M, 2), raw scales (sx, sy) of each head's Gaussian; None if the cross-attention has none.
     """
 

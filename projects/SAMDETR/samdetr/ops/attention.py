@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .blocks import accumulate_product_, blocks, empty_to_accumulate, place
-from .runtime import is_tracing, triton_runs_on
+from .runtime import is_tracing, to_autocast_dtype, triton_runs_on
 
 __all__ = ["attend", "attend_plain", "attention_weights", "mask_as_bias"]
 
@@ -69,8 +69,9 @@ def attend(
         kernels: "torch", or "triton" where that runs.
 
     Returns:
-        (B, M, Q, E), in the dtype of ``v``.
+        (B, M, Q, E), in the dtype of ``v``; in mixed precision in autocast's, whatever dtypes q, k and v have.
     """
+    q, k, v = (to_autocast_dtype(x) for x in (q, k, v))  # as torch's own products do
     if is_tracing():
         function = attend_plain
     elif kernels == "triton" and triton_runs_on(q.device.type):

@@ -127,8 +127,9 @@ def roi_align(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     batch, *_, channels = features.shape
     by_row = rows.flatten(1, 2).to(features.dtype) @ features.flatten(2)  # (B, R S, W C)
-    # With -1 for the width, OpenVINO knows the other sizes in a graph that it has quantised; it loses them otherwise.
-    by_row = by_row.view(batch, *rows.shape[1:3], -1, channels)
+    # With -1 for the width, OpenVINO knows the other sizes in a graph that it has quantised; it loses them otherwise. Where
+    # there are no boxes, -1 would be ambiguous.
+    by_row = by_row.view(batch, *rows.shape[1:3], -1 if is_tracing() else features.shape[2], channels)
     return columns.to(features.dtype)[:, :, None] @ by_row
 
 

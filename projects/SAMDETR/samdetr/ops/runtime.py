@@ -85,11 +85,11 @@ def run_layer(layer: Callable, *args, recompute: bool, random: bool = True):
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return Python numbers, or a tensor on the CPU, as a tensor on ``device``, without waiting until it has arrived.
+    """Return Python numbers, or a tensor, as a tensor on ``device``, without waiting until it has arrived.
 
     A copy to CUDA from memory that is not pinned would wait for all that the device has yet to do.
     """
     values = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
-    if device.type == "cuda":
+    if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=device.type != "cpu")

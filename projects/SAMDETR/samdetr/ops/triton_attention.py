@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .runtime import to_autocast_dtype
 
 __all__ = ["attend_triton"]
 
@@ -304,5 +303,4 @@ def attend_triton(
     bias_y: Tensor | None = None,
 ) -> Tensor:
     """Attend as :func:`samdetr.ops.attention.attend`, without a matrix of weights."""
-    q, k, v = (to_autocast_dtype(x) for x in (q, k, v))  # as torch's own products do
     return _AttendTriton.apply(q, k, v, padding_mask, bias_x, bias_y)
