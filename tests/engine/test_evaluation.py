@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
@@ -33,7 +33,13 @@ def test_f1_by_hand():
     assert f1({"annotations": []}, found, 0.95) == 1.0
 
 
-def perfect_detections(folder, boxes, first_id, **options):
+def load_with_a_function(name, file, root):
+    """Register a dataset as detectron2's tutorial does, with a function that reads a file."""
+    DatasetCatalog.register(name, lambda: load_coco_json(file, root, name))
+    MetadataCatalog.get(name).set(json_file=file, image_root=root)
+
+
+def perfect_detections(folder, boxes, first_id, register=None, **options):
     """Evaluate detections that are the ground truth: ``boxes`` of one class in each of two images."""
     name = f"perfect_{folder.name}"
     corners = [[10 * (i % 20), 10 * (i // 20), 8, 8] for i in range(boxes)]
@@ -45,7 +51,10 @@ def perfect_detections(folder, boxes, first_id, **options):
     categories = [{"id": 1, "name": "thing"}]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "perfect.json").write_text(json.dumps(content))
-    register_coco_instances(name, {}, str(folder / "perfect.json"), str(folder))
+    if register is None:
+        register_coco_instances(name, {}, str(folder / "perfect.json"), str(folder))
+    else:
+        register(name, str(folder / "perfect.json"), str(folder))
     try:
         DatasetCatalog.get(name)  # which fills in the metadata
         cfg = tiny_config(*(item for pair in options.items() for item in pair))
@@ -61,9 +70,19 @@ def perfect_detections(folder, boxes, first_id, **options):
         MetadataCatalog.remove(name)
 
 
+@pytest.mark.parametrize("register", [None, load_with_a_function])
 @pytest.mark.parametrize("first_id", [0, 1, 10**6])
-def test_perfect_detections_have_an_ap_of_100_whatever_the_annotations_ids(tmp_path, first_id):
-    assert perfect_detections(tmp_path, boxes=3, first_id=first_id)["AP"] == pytest.approx(100)
+def test_perfect_detections_have_an_ap_of_100_whatever_the_annotations_ids(tmp_path, first_id, register):
+    assert perfect_detections(tmp_path, boxes=3, first_id=first_id, register=register)["AP"] == pytest.approx(100)
+
+
+def test_another_evaluation_than_cocos_is_said_to_be_coco(tmp_path, caplog):
+    def register(name, file, root):
+        load_with_a_function(name, file, root)
+        MetadataCatalog.get(name).set(evaluator_type="lvis")
+
+    perfect_detections(tmp_path, boxes=3, first_id=1, register=register)
+    assert "is evaluated as COCO is, not as 'lvis'" in caplog.text
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(100, 66.34), (150, 100)])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from detectron2.data import Metadata
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOeval_opt
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
@@ -22,16 +22,19 @@ from tqdm import tqdm
 
 from ..analysis import AP_NAMES, class_ap
 from ..checkpoint.checkpoint import write_atomically
-from ..data import build_test_loader, load_records, match_classes, read_dataset
+from ..data import build_test_loader, load_records, match_classes, read_coco, read_dataset
 from ..solver import autocast
 
 __all__ = ["CheckedEvaluator", "ImageEvaluation", "build_evaluator", "evaluate_images", "f1", "write_results"]
+
+logger = logging.getLogger(__name__)
 
 
 class CheckedEvaluator(COCOEvaluator):
     """detectron2's evaluator, against what :func:`samdetr.data.read_coco` reads, for annotations with any ids.
 
-    pycocotools would count an annotation whose id is 0 as not found by any detection; here they are numbered from 1.
+    pycocotools would count an annotation whose id is 0 as not found by any detection; here they are numbered from 1. This
+    holds as well for a dataset that a function makes, if its metadata name a ``json_file``, which is the ground truth then.
 
     Attributes:
         coco_eval: pycocotools' result of the last evaluation, with precision by recall; None if there is nothing to evaluate.
@@ -55,7 +58,15 @@ class CheckedEvaluator(COCOEvaluator):
         Raises:
             UserError: the dataset cannot be used.
         """
+        metadata = MetadataCatalog.get(dataset_name)
         annotations = read_dataset(dataset_name, skip_missing=True)  # images are another matter
+        ids = None
+        if annotations is None and metadata.get("json_file"):
+            annotations = read_coco(metadata.json_file, metadata.get("image_root", ""))
+            annotations.report.refuse_errors(annotations.path, except_for="images missing")
+            ids = metadata.get("thing_dataset_id_to_contiguous_id")
+        if metadata.get("evaluator_type") not in (None, "coco"):
+            logger.warning("%s is evaluated as COCO is, not as %r.", dataset_name, metadata.evaluator_type)
         if annotations is None:
             super().__init__(
                 dataset_name,
@@ -79,10 +90,12 @@ class CheckedEvaluator(COCOEvaluator):
         self._coco_api.dataset = annotations.ground_truth()
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco_api.createIndex()
-        ids = {number: index for index, number in enumerate(annotations.category_ids)}
-        self._metadata = Metadata(name=dataset_name).set(
-            thing_classes=annotations.class_names, thing_dataset_id_to_contiguous_id=ids
-        )
+        names = annotations.class_names
+        if ids is not None:
+            names = metadata.get("thing_classes")
+        else:
+            ids = {number: index for index, number in enumerate(annotations.category_ids)}
+        self._metadata = Metadata(name=dataset_name).set(thing_classes=names, thing_dataset_id_to_contiguous_id=ids)
 
     def use_classes(self, class_names: Sequence[str]) -> None:
         """Evaluate a model whose classes have these names, by index; the dataset may have them in another order.
