@@ -57,6 +57,30 @@ def test_a_folder_that_counts_from_zero(folder):
     assert read_voc(folder, "val").boxes.tolist() == [[5, 5, 4, 4]]
 
 
+@pytest.mark.parametrize("least", ["0.00", "0.4"])
+def test_a_coordinate_below_one_counts_from_zero_however_it_is_written(folder, least):
+    (folder / "Annotations" / "b.xml").write_text(annotation(("dog", least, 3, 30, 20, 0)))
+    assert read_voc(folder, "train").boxes.tolist()[-1] == [float(least), 3, 30 - float(least), 17]
+
+
+def test_an_image_that_is_listed_twice_is_there_once(folder):
+    (folder / "ImageSets" / "Main" / "val.txt").write_text("c\nc\n")
+    found = read_voc(folder, "val")
+    assert found.image_ids == ["c"] and len(found.boxes) == 1
+    assert found.report.counts == {"image entries that stand twice": 1} and not found.report.errors
+
+
+@pytest.mark.parametrize("name", ["my photo", "1", "a[1]"])
+def test_names_with_blanks_dots_and_brackets(folder, name):
+    """Without <filename> in the XML file, and beside images of similar names."""
+    for image in (name, "1.5", "a1", "my"):
+        Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(folder / "JPEGImages" / f"{image}.png")
+    (folder / "Annotations" / f"{name}.xml").write_text(annotation(("dog", 1, 1, 60, 40, 0), filename=""))
+    (folder / "ImageSets" / "Main" / "val.txt").write_text(f"{name}\n")
+    found = read_voc(folder, "val")
+    assert found.file_names == [f"{name}.png"] and not found.report.errors
+
+
 def test_files_that_change_are_read_again(folder):
     assert len(read_voc(folder, "val").boxes) == 1
     (folder / "Annotations" / "c.xml").write_text(annotation())

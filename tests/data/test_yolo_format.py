@@ -66,6 +66,16 @@ def test_other_ways_to_say_the_same(dataset, changes):
     assert found.file_names == expected.file_names and np.array_equal(found.boxes, expected.boxes)
 
 
+def test_keypoints_after_the_box_are_left_out(dataset):
+    label = dataset.parent / "labels" / "train" / "a.txt"
+    label.write_text("0 0.5 0.5 0.2 0.2 0.45 0.45 0.55 0.55\n1 0.5 0.5 1 1\n")
+    (dataset.parent / "one.txt").write_text("./images/train/a.png\n")
+    found = read_yolo(describe(dataset.parent, kpt_shape=[2, 2], train="one.txt"), "train")
+    assert np.allclose(found.boxes, [[24, 16, 12, 8], [0, 0, 60, 40]]) and not found.report.counts
+    label.write_text("0 0.5 0.5 0.2 0.2 0.45 0.45\n")
+    assert read_yolo(dataset, "train").report.errors == ["labels that are no box"]
+
+
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
@@ -90,6 +100,8 @@ def test_lines_that_are_refused(dataset, line, kind):
         ({"names": {"cat": 0}}, '"names" is'),
         ({"nc": 3}, '"nc" is 3, but there are 2 "names"'),
         ({"train": "nowhere"}, "'train' is 'nowhere', but .*nowhere is neither"),
+        ({"train": "images/train/a.png"}, r"'train' is 'images/train/a\.png', which cannot be read as a list"),
+        ({"kpt_shape": 17}, r'"kpt_shape" is 17: it must be \[number'),
         ({"train": None}, r"has no split 'train', only \['val'\]"),
     ],
 )

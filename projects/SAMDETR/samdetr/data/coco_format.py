@@ -479,7 +479,7 @@ class _Reader:
 
     def _area_and_crowd(self, entry: dict, box: list[float], where: str) -> tuple[float, bool]:
         area = self._number(entry.get("area"))
-        if area is None or not math.isfinite(area) or area < 0:
+        if area is None or not math.isfinite(area) or area <= 0:
             self.report.add("annotations without an area", where)
             area = box[2] * box[3]
         elif area > 1.1 * box[2] * box[3] + 1:

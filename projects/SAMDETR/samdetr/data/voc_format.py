@@ -5,13 +5,15 @@
     FOLDER/JPEGImages/NAME.jpg      or whatever <filename> in the XML file says
 
 They are turned into COCO's format and read by its reader, so that the same is repaired and refused. VOC counts pixels from 1
-and includes the last one: a box from 1 to W covers an image of width W. In a folder that has a coordinate of 0 they are taken
-as they are. Objects marked as difficult are neither learned nor counted.
+and includes the last one: a box from 1 to W covers an image of width W. In a folder that has a coordinate below 1 they are
+taken as they are. Objects marked as difficult are neither learned nor counted.
 """
 
 import functools
+import glob
 import os
 import xml.etree.ElementTree as ET
+from collections import Counter
 from pathlib import Path
 
 from ..errors import UserError
@@ -73,9 +75,11 @@ def _read_split(folder: Path, split: str, version: tuple) -> CocoAnnotations:
     corners = {
         _text(found, f"bndbox/{key}") for root in whole for found in root.findall("object") for key in ("xmin", "ymin")
     }
-    from_zero = not corners.isdisjoint({"0", "0.0"})
+    from_zero = any(_number(corner, 1.0) < 1 for corner in corners)
     images, annotations = [], []
-    for name in _listed(path):
+    for name, times in Counter(_listed(path, contents)).items():
+        if times > 1:
+            report.add("image entries that stand twice", name)
         root = contents.get(name)
         if root is None:
             report.add("images without an annotation file", f"{name}.xml")
@@ -91,13 +95,21 @@ def _read_split(folder: Path, split: str, version: tuple) -> CocoAnnotations:
     return read_coco_content(content, path, str(folder / "JPEGImages"), report)
 
 
-def _listed(path: str) -> list[str]:
+def _number(text: str, default: float) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return default
+
+
+def _listed(path: str, contents: dict[str, ET.Element | str]) -> list[str]:
     """Return the names in a list; lists of one class have a second column, which is left out."""
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}).") from error
-    return [line.split()[0] for line in lines if line.strip()]
+    lines = [line.strip() for line in lines if line.strip()]
+    return [line if line in contents else line.split()[0] for line in lines]  # names may have blanks
 
 
 def _text(element: ET.Element, path: str) -> str:
@@ -108,7 +120,7 @@ def _image(folder: Path, name: str, root: ET.Element) -> dict:
     file = _text(root, "filename")
     if not file or Path(file).stem != name or not (folder / "JPEGImages" / file).exists():
         # <filename> often names where an image came from; the list's name is what counts.
-        same = sorted(path.name for path in (folder / "JPEGImages").glob(f"{name}.*"))
+        same = sorted(path.name for path in (folder / "JPEGImages").glob(f"{glob.escape(name)}.*") if path.stem == name)
         file = same[0] if same else f"{name}.jpg"
     sides = (_text(root, f"size/{side}") for side in ("width", "height"))
     width, height = (int(side) if side.isdecimal() else side for side in sides)

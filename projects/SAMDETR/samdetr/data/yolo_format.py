@@ -4,10 +4,11 @@
     train: images/train             # a folder, a text file that lists images, or several of these
     val: images/val
     names: [cat, dog]               # or {0: cat, 1: dog}
+    kpt_shape: [17, 3]              # only where lines have keypoints after the box; they are left out
 
 The boxes of ``images/train/a.jpg`` are in ``labels/train/a.txt``: the last folder called "images" becomes "labels"; without
 one, they are beside the image. A line is a class index and a box, centre and size as shares of the image's sides, or a polygon,
-of which the bounding box is taken. An image without such a file has no objects. Everything is turned into COCO's format and
+of which the bounding box is taken; with ``kpt_shape``, keypoints follow the box. An image without such a file has no objects. Everything is turned into COCO's format and
 read by its reader, so that the same is repaired and refused.
 """
 
@@ -45,7 +46,8 @@ def read_yolo(file: str | os.PathLike, split: str) -> CocoAnnotations:
     versions = tuple(
         (str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in [*images, *labels] if path.is_file()
     )
-    return _read_split(str(file), str(yolo_root(file, description)), tuple(names.items()), tuple(images), versions)
+    root, keypoints = str(yolo_root(file, description)), _numbers_of_keypoints(file, description)
+    return _read_split(str(file), root, tuple(names.items()), keypoints, tuple(images), versions)
 
 
 def yolo_root(file: str | os.PathLike, description: dict | None = None) -> Path:
@@ -79,6 +81,16 @@ def _class_names(file: str | os.PathLike, description: dict) -> dict[int, str]:
     return {key: str(name) for key, name in names.items()}
 
 
+def _numbers_of_keypoints(file: str | os.PathLike, description: dict) -> int:
+    """Return how many numbers a line has after the box, for keypoints."""
+    shape = description.get("kpt_shape")
+    if shape is None:
+        return 0
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
+        raise UserError(f'{file}: "kpt_shape" is {shape!r}: it must be [number of keypoints, 2 or 3].')
+    return shape[0] * shape[1]
+
+
 def _images(file: str | os.PathLike, description: dict, split: str) -> list[Path]:
     """Return the images of a split, in the order of their names."""
     places = description.get(split)
@@ -93,7 +105,10 @@ def _images(file: str | os.PathLike, description: dict, split: str) -> list[Path
         if path.is_dir():
             images += [found for found in path.rglob("*") if found.suffix.lower() in _SUFFIXES and found.is_file()]
         elif path.is_file():
-            lines = path.read_text("utf-8-sig").splitlines()
+            try:
+                lines = path.read_text("utf-8-sig").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{file}: {split!r} is {place!r}, which cannot be read as a list ({error}).") from error
             images += [path.parent / line.strip() for line in lines if line.strip()]
         else:
             raise UserError(f"{file}: {split!r} is {place!r}, but {path} is neither a folder nor a file.")
@@ -108,7 +123,9 @@ def _label_file(image: Path) -> Path:
 
 
 @functools.lru_cache(maxsize=8)
-def _read_split(file: str, root: str, names: tuple, images: tuple[Path, ...], _version: tuple) -> CocoAnnotations:
+def _read_split(
+    file: str, root: str, names: tuple, keypoints: int, images: tuple[Path, ...], _version: tuple
+) -> CocoAnnotations:
     report, indices = Report(), {index for index, _ in names}
     entries, annotations = [], []
     for image in images:
@@ -132,7 +149,7 @@ def _read_split(file: str, root: str, names: tuple, images: tuple[Path, ...], _v
             continue
         for number, line in enumerate(lines, 1):
             if line.strip():
-                box = _read_line(line, f"{label}, line {number}", indices, report)
+                box = _read_line(line, f"{label}, line {number}", indices, keypoints, report)
                 if box is not None:
                     index, cx, cy, w, h = box
                     size = [entry["width"], entry["height"]] * 2
@@ -145,7 +162,7 @@ def _read_split(file: str, root: str, names: tuple, images: tuple[Path, ...], _v
 
 
 def _read_line(
-    line: str, where: str, indices: set[int], report: Report
+    line: str, where: str, indices: set[int], keypoints: int, report: Report
 ) -> tuple[int, float, float, float, float] | None:
     """Return the class index and the box, centre and size, of a line; None if it is refused."""
     try:
@@ -153,7 +170,9 @@ def _read_line(
     except ValueError:
         report.add("labels that are no box", f"{where}: {line.strip()}")
         return None
-    polygon = len(values) >= 6 and len(values) % 2 == 0
+    if keypoints and len(values) == 4 + keypoints:
+        values = values[:4]
+    polygon = not keypoints and len(values) >= 6 and len(values) % 2 == 0
     if len(values) != 4 and not polygon:
         report.add("labels that are no box", f"{where}: {len(values) + 1} numbers")
         return None
