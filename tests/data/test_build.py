@@ -3,14 +3,18 @@
 import json
 import logging
 
+import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from helpers import tiny_config
 from samdetr.data import (
+    DetrDatasetMapper,
     build_test_loader,
     build_train_loader,
     clean_annotations,
@@ -156,3 +160,28 @@ def test_records_that_a_function_made_wrongly_are_refused(change, message):
             load_records("made_by_a_function")
     finally:
         DatasetCatalog.remove("made_by_a_function")
+
+
+def test_an_image_that_a_function_made_twice_is_refused_in_evaluation():
+    """COCO's evaluation would look for the detections of both in one of them."""
+    records = [{**record_with(box), "image_id": 7} for box in ((1, 2, 3, 4), (5, 6, 7, 8))]
+    DatasetCatalog.register("made_by_a_function", lambda: records)
+    try:
+        with pytest.raises(UserError, match=r"record 1 \(photo\.jpg\) has the 'image_id' 7 of record 0: give each its own"):
+            load_records("made_by_a_function")
+        assert len(load_records("made_by_a_function", training=True)) == 2
+    finally:
+        DatasetCatalog.remove("made_by_a_function")
+
+
+def test_boxes_of_whole_numbers_keep_their_fractions_and_records_may_have_none(tmp_path):
+    """detectron2 computes with integers, if all numbers of a box are integers."""
+    Image.fromarray(np.zeros((128, 128, 3), np.uint8)).save(tmp_path / "photo.png")
+    bare = {"file_name": str(tmp_path / "photo.png"), "height": 128, "width": 128, "image_id": 0}
+    annotation = {"bbox": [31, 20, 41, 46], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    options = ["INPUT.MIN_SIZE_TRAIN", (100,), "INPUT.RANDOM_FLIP", "none", "INPUT.DETR_CROP.PROB", 0.0]
+    mapper = DetrDatasetMapper(tiny_config(*options), is_train=True)
+    with_box, without = (mapper(record) for record in clean_annotations([{**bare, "annotations": [annotation]}, bare]))
+    expected = torch.tensor([[31.0, 20, 72, 66]]) * 100 / 128
+    assert torch.allclose(with_box["instances"].gt_boxes.tensor, expected, atol=1e-4)
+    assert len(without["instances"]) == 0

@@ -81,6 +81,16 @@ def test_names_with_blanks_dots_and_brackets(folder, name):
     assert found.file_names == [f"{name}.png"] and not found.report.errors
 
 
+def test_images_that_were_missing_are_found_later(folder):
+    image = folder / "JPEGImages" / "c.jpg"
+    content = image.read_bytes()
+    image.unlink()
+    assert read_voc(folder, "val").report.errors == ["images missing"]
+    assert read_voc(folder, "val").report.errors == ["images missing"]
+    image.write_bytes(content)
+    assert not read_voc(folder, "val").report.errors
+
+
 def test_files_that_change_are_read_again(folder):
     assert len(read_voc(folder, "val").boxes) == 1
     (folder / "Annotations" / "c.xml").write_text(annotation())

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,7 +235,7 @@ def _read_cached(path: str, image_root: str, _version: tuple) -> CocoAnnotations
 def read_coco(path: str | os.PathLike, image_root: str | os.PathLike) -> CocoAnnotations:
     """Read an annotation file, repair what is harmless, and report everything; see :class:`CocoAnnotations`.
 
-    A file that has not changed is read once per process. Images are looked for but not
+    A file that has not changed is read once per process, unless images that were missing are there now. Images are looked for but not
     opened, except those whose sizes are not in the file.
 
     Args:
@@ -248,7 +249,16 @@ def read_coco(path: str | os.PathLike, image_root: str | os.PathLike) -> CocoAnn
     path, local = os.fspath(path), PathManager.get_local_path(os.fspath(path))
     check_regular_file(local)
     status = os.stat(local)
-    return _read_cached(path, os.fspath(image_root), (status.st_mtime_ns, status.st_size))
+    return call_cached(_read_cached, path, os.fspath(image_root), (status.st_mtime_ns, status.st_size))
+
+
+def call_cached(reader: Callable, *args) -> CocoAnnotations:
+    """Call a reader with a cache; anew, if images that it missed the last time are there now."""
+    found = reader(*args)
+    if any(os.path.exists(path) for path in found.report.examples.get("images missing", ())):
+        reader.cache_clear()
+        found = reader(*args)
+    return found
 
 
 def read_coco_content(content: dict, path: str, image_root: str, report: Report | None = None) -> CocoAnnotations:

@@ -101,7 +101,7 @@ def load_records(
     metadata = MetadataCatalog.get(name)
     if annotations is None:
         records = DatasetCatalog.get(name)
-        check_records(records, name)
+        check_records(records, name, training=training)
         records = clean_annotations(records)
     else:
         annotations.report.log(annotations.path)
@@ -123,8 +123,10 @@ def load_records(
     return records
 
 
-def check_records(dataset_dicts: list[dict], name: str) -> None:
+def check_records(dataset_dicts: list[dict], name: str, *, training: bool) -> None:
     """Check that a dataset that a function made is in detectron2's standard format, as far as detection needs it.
+
+    To be trained on, an image may be there several times.
 
     Raises:
         UserError: it is not; names the dataset, the record and the key.
@@ -135,12 +137,16 @@ def check_records(dataset_dicts: list[dict], name: str) -> None:
 
     if not isinstance(dataset_dicts, list) or not dataset_dicts:
         refuse("it must be a list of at least one record")
+    first_with: dict[object, str] = {}
     for number, record in enumerate(dataset_dicts):
         where = f"record {number}"
         if not isinstance(record, dict) or not isinstance(record.get("file_name"), str | os.PathLike):
             refuse(f"{where} is not a dict with a 'file_name'")
-        if "image_id" not in record:
+        if not isinstance(record.get("image_id"), int | str | np.integer):
             refuse(f"{where} ({record['file_name']}) has no 'image_id', a number or text of its own")
+        other = first_with.setdefault(record["image_id"], where)
+        if other != where and not training:
+            refuse(f"{where} ({record['file_name']}) has the 'image_id' {record['image_id']!r} of {other}: give each its own")
         found = record.get("annotations", [])
         if not isinstance(found, list | tuple) or not all(isinstance(entry, dict) for entry in found):
             refuse(f"'annotations' of {where} ({record['file_name']}) is not a list of dicts")
@@ -170,7 +176,8 @@ def clean_annotations(dataset_dicts: list[dict]) -> list[dict]:
             that reach over the right or lower edge are left to the dataset mapper.
 
     Returns:
-        The same images in the same order, including those left without boxes.
+        The same images in the same order, including those left without boxes. Boxes are floats, of which resizing keeps the
+        fractions.
     """
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -189,7 +196,7 @@ def clean_annotations(dataset_dicts: list[dict]) -> list[dict]:
         elif max(abs(a - b) for a, b in zip(clipped, corners)) > 1:
             kind = "clipped: reaching over the image's edge by more than a pixel"
         else:
-            return annotation
+            return {**annotation, "bbox": [float(value) for value in annotation["bbox"]]}
         counts[kind] += 1
         examples.setdefault(kind, str(record.get("file_name", record.get("image_id"))))
         if kind.startswith("dropped"):
@@ -199,9 +206,8 @@ def clean_annotations(dataset_dicts: list[dict]) -> list[dict]:
     result = []
     for record in dataset_dicts:
         record = copy.copy(record)
-        if "annotations" in record:
-            annotations = [cleaned(annotation, record) for annotation in record["annotations"]]
-            record["annotations"] = [annotation for annotation in annotations if annotation is not None]
+        annotations = [cleaned(annotation, record) for annotation in record.get("annotations", [])]
+        record["annotations"] = [annotation for annotation in annotations if annotation is not None]
         result.append(record)
     for kind, count in sorted(counts.items()):
         logger.warning("Boxes %s: %d, the first in %s.", kind, count, examples[kind])

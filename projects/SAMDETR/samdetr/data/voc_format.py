@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import UserError
-from .coco_format import CocoAnnotations, Report, read_coco_content
+from .coco_format import CocoAnnotations, Report, call_cached, read_coco_content
 
 __all__ = ["read_voc", "voc_list"]
 
@@ -51,7 +51,7 @@ def read_voc(folder: str | os.PathLike, split: str) -> CocoAnnotations:
         (entry.name, entry.stat()) for entry in os.scandir(folder / "Annotations") if entry.name.endswith(".xml")
     )
     versions = tuple((name, status.st_mtime_ns, status.st_size) for name, status in files)
-    return _read_split(folder, split, (listed.stat().st_mtime_ns, versions))
+    return call_cached(_read_split, folder, split, (listed.stat().st_mtime_ns, versions))
 
 
 @functools.lru_cache(maxsize=2)
