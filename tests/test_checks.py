@@ -110,6 +110,7 @@ ODD_WIDTH = [
         (["DATASETS.TRAIN", (1,)], r"DATASETS\.TRAIN is \(1,\): it must be names"),
         (["DATASETS.TEST", ("digits_val",) * 2], r"DATASETS\.TEST .*name each dataset once"),
         (["OUTPUT_DIR", ""], r"OUTPUT_DIR is '': name a folder"),
+        (["OUTPUT_DIR", "~/run"], r"OUTPUT_DIR is .~/run.: write ./"),
         (["MODEL.MASK_ON", True], r"MODEL\.MASK_ON is True, which has no effect here: set it to False"),
         (["VIS_PERIOD", 10], r"VIS_PERIOD is 10, which has no effect here: set it to 0"),
         (["TEST.AUG.ENABLED", True], r"TEST\.AUG\.ENABLED is True"),

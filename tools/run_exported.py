@@ -76,6 +76,8 @@ def main() -> None:
             sys.exit(f"error: {option} {path}: there is no such file.")
     if arguments.output.suffix.lower() not in Image.registered_extensions():
         sys.exit(f"error: --output {arguments.output}: name an image file, such as detections.png.")
+    if not arguments.output.parent.is_dir():
+        sys.exit(f"error: --output {arguments.output}: there is no folder {arguments.output.parent}.")
     try:
         image = ImageOps.exif_transpose(Image.open(arguments.input)).convert("RGB")
     except Exception as error:  # Pillow's errors for damaged files have no common base

@@ -155,6 +155,46 @@ def test_no_readable_checkpoint_is_an_error_and_not_a_new_start(tmp_path):
         train(trainer_config(tmp_path), resume=True)
 
 
+def test_the_best_weights_alone_are_no_run_to_resume_and_stay(tmp_path):
+    CheckedCheckpointer(tiny_model(), str(tmp_path), complete=False).save("model_best", tag=False)
+    before = (tmp_path / "model_best.pth").read_bytes()
+    with pytest.raises(UserError, match=r"holds model_best\.pth, but no checkpoint from which training can go on"):
+        train(trainer_config(tmp_path), resume=True)
+    assert (tmp_path / "model_best.pth").read_bytes() == before
+
+
+def test_an_evaluation_that_fails_loses_no_step(tmp_path, monkeypatch):
+    """Checkpoints and evaluations need not come together."""
+    options = ["DATASETS.TEST", ("digits_val_20",), "TEST.EVAL_PERIOD", 3, "SOLVER.CHECKPOINT_PERIOD", 4]
+    with monkeypatch.context() as context:
+        context.setattr(Trainer, "test", classmethod(lambda cls, *_: (_ for _ in ()).throw(UserError("no image"))))
+        with pytest.raises(UserError, match="no image"):
+            train(trainer_config(tmp_path / "failed", *options))
+    assert (tmp_path / "failed" / "last_checkpoint").read_text() == "model_0000002.pth"
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, *_: {"bbox": {"AP": 12.0}}))
+    train(trainer_config(tmp_path / "failed", *options), resume=True)
+    train(trainer_config(tmp_path / "whole", *options))
+    assert_equal_states(states(tmp_path / "whole"), states(tmp_path / "failed"))
+
+
+def test_the_best_of_another_evaluation_is_kept_and_not_compared(tmp_path, monkeypatch, caplog):
+    remaining = iter((30.0, 20.0, 10.0))
+    monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": next(remaining)}})
+    train_until(start(trainer_config(tmp_path, "DATASETS.TEST", ("digits_val_20",), "TEST.EVAL_PERIOD", 2)), 4)
+    train(trainer_config(tmp_path, "DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 2), resume=True)
+    assert "was the best on digits_val_20, not on digits_val: it is now model_best_digits_val_20.pth" in caplog.text
+    metrics = [Checkpoint.read(tmp_path / name).metric for name in ("model_best_digits_val_20.pth", "model_best.pth")]
+    assert metrics == [30.0, 10.0]
+
+
+def test_detections_of_several_datasets_are_in_folders_of_their_own(tmp_path):
+    options = ["DATASETS.TEST", ("digits_val_20", "digits_val"), "OUTPUT_DIR", str(tmp_path)]
+    folders = [Trainer.build_evaluator(tiny_config(*options), name)._output_dir for name in options[1]]
+    assert folders == [str(tmp_path / "inference" / name) for name in options[1]]
+    (name,) = options[1] = ("digits_val_20",)
+    assert Trainer.build_evaluator(tiny_config(*options), name)._output_dir == str(tmp_path / "inference")
+
+
 def test_a_checkpoint_of_another_trainer_is_not_resumed(tmp_path):
     trainer = start(trainer_config(tmp_path))
     torch.save({"model": trainer.inner_model.state_dict(), "trainer": {"iteration": 1}}, tmp_path / "model_0000001.pth")

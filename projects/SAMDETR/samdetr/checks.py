@@ -236,6 +236,8 @@ def _check_input(cfg: CfgNode) -> None:
             raise UserError(f"{key} is {value_of(cfg, key)}: it must be three values, one per colour.")
     if not isinstance(cfg.OUTPUT_DIR, str) or not cfg.OUTPUT_DIR:
         raise UserError(f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}: name a folder.")
+    if cfg.OUTPUT_DIR.startswith("~"):
+        raise UserError(f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}: write {os.path.expanduser(cfg.OUTPUT_DIR)!r}.")
     if cfg.TEST.EXPECTED_RESULTS and not cfg.DATASETS.TEST:
         raise UserError("TEST.EXPECTED_RESULTS is set, but DATASETS.TEST is empty: name a dataset to evaluate on.")
     for entry in cfg.TEST.EXPECTED_RESULTS:

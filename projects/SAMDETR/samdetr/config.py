@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from .data.images import DEFAULT_MAX_PIXELS
 from .errors import UserError, did_you_mean
-from .limits import SET_DETECTORS
+from .limits import SET_DETECTORS, value_of
 
 __all__ = [
     "add_samdetr_config",
@@ -69,6 +69,9 @@ def load_config(file: str | os.PathLike | None, options: Sequence[Any] = ()) -> 
 
 def merge_options(cfg: CfgNode, options: Sequence[Any]) -> CfgNode:
     """Set keys of ``cfg`` in place, and return it; for arguments and errors see :func:`load_config`."""
+    misplaced = [option for option in options[::2] if isinstance(option, str) and option.startswith("--")]
+    if misplaced:
+        raise UserError(f"{misplaced[0]!r} belongs before the pairs of KEY and VALUE.")
     if len(options) % 2:
         raise UserError(f"Options come as pairs of KEY and VALUE, but there are {len(options)} of them.")
     _merge(cfg, "the options", cfg.merge_from_list, list(options))
@@ -133,6 +136,7 @@ def _reader(path: str) -> type[CfgNode]:
 def _merge(cfg: CfgNode, source: str, merge, values) -> None:
     """Call ``merge(values)``; turn yacs' errors into ones that name the source, the key and the nearest existing key."""
     where = f"{source}: " if source else ""
+    empty_before = _empty_keys(cfg)
     try:
         merge(values)
     except (KeyError, AssertionError) as error:
@@ -143,6 +147,10 @@ def _merge(cfg: CfgNode, source: str, merge, values) -> None:
         raise UserError(f"{where}there is no config key {key}.{did_you_mean(key, _all_keys(cfg))}") from error
     except Exception as error:  # yacs' errors have no common base
         raise UserError(f"{where}{type(error).__name__}: {error}") from error
+    # Keys without a value, which YAML reads as None, and yacs takes for a value of any type.
+    emptied = _empty_keys(cfg) - empty_before
+    if emptied:
+        raise UserError(f"{where}{min(emptied)} is empty: give it a value, or remove the line.")
 
 
 def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -152,6 +160,10 @@ def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
         if isinstance(value, CfgNode):
             keys.extend(_all_keys(value, f"{prefix}{key}."))
     return keys
+
+
+def _empty_keys(cfg: CfgNode) -> set[str]:
+    return {key for key in _all_keys(cfg) if value_of(cfg, key) is None}
 
 
 def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:

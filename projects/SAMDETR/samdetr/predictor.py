@@ -175,9 +175,10 @@ def load(
     # Predict with the weights that training evaluates: the averaged ones, if there are any.
     use_average = cfg.SOLVER.EMA.ENABLED
     CheckedCheckpointer(model, complete=True, use_average=use_average).load(checkpoint or cfg.MODEL.WEIGHTS)
-    names, ids = _classes_of_dataset(cfg)
-    if checkpoint is not None:
-        names, ids = checkpoint.class_names or names, checkpoint.category_ids or ids
+    names, ids = (checkpoint.class_names, checkpoint.category_ids) if checkpoint is not None else (None, None)
+    if names is None or ids is None:
+        of_dataset = _classes_of_dataset(cfg)
+        names, ids = names or of_dataset[0], ids or of_dataset[1]
     return Predictor(cfg, model, class_names or names, ids)
 
 

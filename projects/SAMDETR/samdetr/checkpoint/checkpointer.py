@@ -125,8 +125,15 @@ class CheckedCheckpointer(DetectionCheckpointer):
         self._source = source
         try:
             return super().load(self._path, *args, **kwargs)
-        except (UserError, OSError):
+        except UserError:
             raise
+        except OSError as error:
+            if "://" not in self._path:
+                raise
+            raise UserError(
+                f"MODEL.WEIGHTS {self._path} cannot be downloaded ({one_line(error)}): correct the address, or name a file on "
+                "this machine."
+            ) from error
         except Exception as error:  # states of other programs, and damaged ones, fail wherever they are used
             raise UserError(
                 f"{self._path} cannot be loaded ({type(error).__name__}: {error}): it is damaged, or of another program or "
@@ -151,6 +158,8 @@ class CheckedCheckpointer(DetectionCheckpointer):
             weights = checkpoint.average
         elif self.use_average and checkpoint.metric is None:  # the best weights are the average already
             logger.warning("%s holds no moving average of the weights: using its weights.", f)
+        elif self.complete and checkpoint.average is not None and "average" not in self.checkpointables:
+            logger.warning("%s also holds a moving average of the weights; SOLVER.EMA.ENABLED True uses it.", f)
         return {**checkpoint.entries, "model": dict(weights)}  # copies, since fvcore takes entries out
 
     def _load_model(self, checkpoint: dict):

@@ -194,6 +194,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    for name, least in (("rounds", 1), ("steps", 1), ("warmup", 0)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name} is {getattr(arguments, name)}: it must be {least} or more.")
     variants = [parse_variant(variant, arguments) for variant in arguments.variant or ["plain"]]
     for variant in variants:
         if not variant["checkout"]:  # so that a mistake is found before anything is measured

@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.checkpoint import write_atomically
 from ..checks import check_config
 from ..config import find_config, load_config, merge_options
 from ..data import register_datasets
@@ -54,6 +55,8 @@ def base_config(args):
 
 def read_config(args):
     """Read the config, register its datasets, and check everything that can be known before the start."""
+    if args.eval_only and args.resume:
+        raise UserError("--resume goes on training: to evaluate, leave it out, and name the checkpoint in MODEL.WEIGHTS.")
     cfg = base_config(args)
     merge_options(cfg, [*(("MODEL.WEIGHTS", args.weights) if args.weights else ()), *args.opts])
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
@@ -101,7 +104,10 @@ def work(args, cfg):
     except UserError as error:
         sys.exit(f"error{name}: {error}")
     except OSError as error:  # such as a full disk
-        sys.exit(f"error{name}: {error}. What was saved before is whole: mend this, and go on with --resume.")
+        remedy = ""
+        if not args.eval_only and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
+            remedy = " What was saved before is whole: mend this, and go on with --resume."
+        sys.exit(f"error{name}: {error}.{remedy}")
     except StopRequested:
         if not args.eval_only and comm.is_main_process():
             print(f"Continue with: --resume OUTPUT_DIR {cfg.OUTPUT_DIR}", file=sys.stderr)
@@ -117,20 +123,23 @@ def work(args, cfg):
 def set_up(args, cfg):
     """Register the config's datasets, and set up OUTPUT_DIR with the config and the logs."""
     register_datasets(cfg)
-    kept = Path(cfg.OUTPUT_DIR, "config.yaml")
-    # The config that a checkpoint was trained with stays beside it. It is moved, which needs no room on the disk.
-    moved = kept.with_name("config_trained.yaml")
-    if comm.is_main_process() and kept.is_file() and not moved.exists() and any(kept.parent.glob("model_*.pth")):
-        kept.rename(moved)
-    comm.synchronize()
-    try:
-        default_setup(cfg, args)
-    finally:
-        if comm.is_main_process() and moved.exists():
-            if kept.exists():
-                kept.rename(kept.with_name("config_eval.yaml" if args.eval_only else "config_resumed.yaml"))
-            moved.rename(kept)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="samdetr")
+    folder, rank = Path(cfg.OUTPUT_DIR), comm.get_rank()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("fvcore", "detectron2"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name, configure_stdout=False)
+    # The config that a checkpoint was trained with stays beside it. default_setup would replace it.
+    without_folder = cfg.clone()
+    without_folder.defrost()
+    without_folder.OUTPUT_DIR = None
+    default_setup(without_folder, args)
+    if comm.is_main_process():
+        logger.info("Running with full config:\n%s", cfg.dump())
+        name = "config.yaml"
+        if Path(folder, name).is_file() and any(folder.glob("model_*.pth")):
+            name = "config_eval.yaml" if args.eval_only else "config_resumed.yaml"
+        with write_atomically(folder / name) as file:
+            file.write(cfg.dump().encode())
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="samdetr")
     set_float32_precision(cfg)
     bfloat16 = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "bfloat16" and cfg.MODEL.DEVICE.startswith("cuda")
     if bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -1,10 +1,12 @@
 """detectron2's trainer with this project's data, optimizer, steps and checkpoints."""
 
+import contextlib
 import logging
 import math
 import os
 import signal
 import weakref
+from pathlib import Path
 
 import torch
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
@@ -54,13 +56,29 @@ class KeepBest(HookBase):
         path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
         if self.trainer.start_iter > 0 and PathManager.isfile(path):
             try:
-                metric = Checkpoint.read(path, name="The best checkpoint").metric
-                self.best = metric if metric is not None and math.isfinite(metric) else -math.inf
+                kept = Checkpoint.read(path, name="The best checkpoint")
+                config = kept.config()
             except UserError as error:
                 logger.error("%s The next evaluation replaces it.", error)
-
+            else:
+                evaluated_on = self.trainer.cfg.DATASETS.TEST[0]
+                before = config.DATASETS.TEST[0] if config is not None and config.DATASETS.TEST else evaluated_on
+                if before != evaluated_on:
+                    self._set_aside(path, before)
+                elif kept.metric is not None and math.isfinite(kept.metric):
+                    self.best = kept.metric
         if self.trainer.evaluation_missed:
             self._keep()
+
+    def _set_aside(self, path: str, dataset: str) -> None:
+        """Keep the best weights of an evaluation on other data under another name: their AP is not to be compared."""
+        name = f"model_best_{dataset}.pth"
+        os.replace(path, os.path.join(self.checkpointer.save_dir, name))
+        self.without_gain = 0
+        logger.warning(
+            "model_best.pth was the best on %s, not on %s: it is now %s, and the best is looked for anew.",
+            *(dataset, self.trainer.cfg.DATASETS.TEST[0], name),
+        )
 
     def after_step(self):
         next_iter = self.trainer.iter + 1
@@ -281,7 +299,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        return build_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        own_folder = [dataset_name] if len(cfg.DATASETS.TEST) > 1 else []
+        return build_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference", *own_folder))
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
@@ -301,7 +320,7 @@ class Trainer(DefaultTrainer):
         if self.average is not None:
             result.append(UpdateAverage())
         result.append(StopOnSignal())
-        # The checkpoint comes before the evaluation, so that a failure there loses nothing.
+        # Where both are due, the checkpoint comes before the evaluation.
         if comm.is_main_process():
             result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
         if cfg.DATASETS.TEST:
@@ -332,8 +351,19 @@ class Trainer(DefaultTrainer):
             self._last_eval_results = self.test(self.cfg, self.evaluated_model, evaluators)
         except StopRequested as stop:
             self.save_and_stop(stop.number)
+        except Exception:  # such as an image that cannot be read: the steps since the last checkpoint are not lost
+            with contextlib.suppress(Exception):
+                self._save_last_step()
+            raise
         write_results(self.cfg, self._last_eval_results, "evaluation.json", f"iteration {self.iter}")
         return self._last_eval_results
+
+    def _save_last_step(self) -> int:
+        """Save a checkpoint to resume from, also in the evaluation after the last step; return its iteration."""
+        self.iter = min(self.iter, self.max_iter - 1)
+        if comm.is_main_process():
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+        return self.iter
 
     def save_and_stop(self, number: int):
         """Save a checkpoint to resume from, and end this process.
@@ -345,9 +375,7 @@ class Trainer(DefaultTrainer):
             StopRequested: always.
         """
         ignore_signals()
-        self.iter = finished = min(self.iter, self.max_iter - 1)  # the last step, also in the evaluation after it
-        if comm.is_main_process():
-            self.checkpointer.save(f"model_{finished:07d}", iteration=finished)
+        finished = self._save_last_step()
         comm.synchronize()  # launchers end the others when the first one ends
         logger.warning(
             "Stopped by %s after iteration %d of %d. Resume this run from OUTPUT_DIR %s.",
@@ -404,13 +432,19 @@ class Trainer(DefaultTrainer):
         """Resume from the last checkpoint in OUTPUT_DIR, if ``resume`` and there is one; else start from MODEL.WEIGHTS.
 
         Raises:
-            UserError: no checkpoint there can be read, it does not fit, or the processes find different ones.
+            UserError: no checkpoint there can be read or resumed, it does not fit, or the processes find different ones.
         """
         checkpoint = self.checkpointer.read_last() if resume else None
         if len(set(comm.all_gather(checkpoint and os.path.basename(checkpoint.path)))) > 1:
             raise UserError(
                 f"The processes find different checkpoints in OUTPUT_DIR {self.cfg.OUTPUT_DIR}: it must be one folder that "
                 "all machines share."
+            )
+        others = sorted(path.name for path in Path(self.cfg.OUTPUT_DIR).glob("model_*.pth"))
+        if resume and checkpoint is None and others:
+            raise UserError(
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} holds {', '.join(others[:5])}, but no checkpoint from which training can go "
+                "on: name one in MODEL.WEIGHTS, and another OUTPUT_DIR."
             )
         self.checkpointer.complete = checkpoint is not None
         if checkpoint is not None:
