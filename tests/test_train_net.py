@@ -182,7 +182,10 @@ def test_earlier_checkpoints_are_not_overwritten(run_folder, tmp_path):
         (["--dist-url", "junk"], "--dist-url is 'junk': give tcp://HOST:PORT or file:///PATH"),
         (["--eval-only", "--resume"], "--resume goes on training: to evaluate, leave it out, and name the checkpoint"),
         (["SOLVER.MAX_ITER", 3, "--resume"], "'--resume' belongs before the pairs of KEY and VALUE"),
-        (["MODEL.WEIGHTS", "http://127.0.0.1:9/R-50.pkl"], "MODEL.WEIGHTS http://127.0.0.1:9/R-50.pkl cannot be downloaded"),
+        (
+            ["MODEL.WEIGHTS", "http://127.0.0.1:9/R-50.pkl"],
+            "MODEL.WEIGHTS http://127.0.0.1:9/R-50.pkl cannot be downloaded",
+        ),
         (["--eval-only", "MODEL.WEIGHTS", "missing.pth"], "MODEL.WEIGHTS missing.pth: there is no such file"),
     ],
 )

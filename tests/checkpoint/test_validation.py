@@ -32,7 +32,9 @@ def test_checkpoints_of_another_architecture():
         check_fit("w.pth", model, {"foo": torch.zeros(1)}, complete=False)
     check_fit("w.pth", model, model.state_dict(), complete=True)
     with_denoising = tiny_model("MODEL.SAMDETR.QUERY_GENERATOR.NAME", "DenoisingQueryGenerator").state_dict()
-    with pytest.raises(UserError, match=r"another architecture.* parameters are not in the model, such as query_generator"):
+    with pytest.raises(
+        UserError, match=r"another architecture.* parameters are not in the model, such as query_generator"
+    ):
         check_fit("w.pth", model, with_denoising, complete=True)  # the contents of its queries are missing in the model
     check_fit("w.pth", model, with_denoising, complete=False)
     with_dense_head = tiny_model("MODEL.SAMDETR.DENSE_HEAD.ENABLED", True).state_dict()

@@ -167,7 +167,9 @@ def test_an_image_that_a_function_made_twice_is_refused_in_evaluation():
     records = [{**record_with(box), "image_id": 7} for box in ((1, 2, 3, 4), (5, 6, 7, 8))]
     DatasetCatalog.register("made_by_a_function", lambda: records)
     try:
-        with pytest.raises(UserError, match=r"record 1 \(photo\.jpg\) has the 'image_id' 7 of record 0: give each its own"):
+        with pytest.raises(
+            UserError, match=r"record 1 \(photo\.jpg\) has the 'image_id' 7 of record 0: give each its own"
+        ):
             load_records("made_by_a_function")
         assert len(load_records("made_by_a_function", training=True)) == 2
     finally:

@@ -24,7 +24,9 @@ def class_parameters(names: Iterable[str]) -> list[str]:
 
 
 # What a checkpoint may have beyond the model that is to predict with it: nothing of this changes a box.
-_NOT_NEEDED = re.compile(r"^dense_head\.|^pixel_(mean|std)$|anchor_generator\.|(mask|keypoint)_head\.|\.num_batches_tracked$")
+_NOT_NEEDED = re.compile(
+    r"^dense_head\.|^pixel_(mean|std)$|anchor_generator\.|(mask|keypoint)_head\.|\.num_batches_tracked$"
+)
 
 
 def check_fit(path: str, model: torch.nn.Module, weights: dict, *, complete: bool) -> None:

@@ -56,7 +56,9 @@ def base_config(args):
 def read_config(args):
     """Read the config, register its datasets, and check everything that can be known before the start."""
     if args.eval_only and args.resume:
-        raise UserError("--resume goes on training: to evaluate, leave it out, and name the checkpoint in MODEL.WEIGHTS.")
+        raise UserError(
+            "--resume goes on training: to evaluate, leave it out, and name the checkpoint in MODEL.WEIGHTS."
+        )
     cfg = base_config(args)
     merge_options(cfg, [*(("MODEL.WEIGHTS", args.weights) if args.weights else ()), *args.opts])
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():

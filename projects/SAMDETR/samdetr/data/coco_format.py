@@ -235,8 +235,8 @@ def _read_cached(path: str, image_root: str, _version: tuple) -> CocoAnnotations
 def read_coco(path: str | os.PathLike, image_root: str | os.PathLike) -> CocoAnnotations:
     """Read an annotation file, repair what is harmless, and report everything; see :class:`CocoAnnotations`.
 
-    A file that has not changed is read once per process, unless images that were missing are there now. Images are looked for but not
-    opened, except those whose sizes are not in the file.
+    A file that has not changed is read once per process, unless images that were missing are there now. Images are looked for
+    but not opened, except those whose sizes are not in the file.
 
     Args:
         path: of the file, or its address.

@@ -146,7 +146,9 @@ def check_records(dataset_dicts: list[dict], name: str, *, training: bool) -> No
             refuse(f"{where} ({record['file_name']}) has no 'image_id', a number or text of its own")
         other = first_with.setdefault(record["image_id"], where)
         if other != where and not training:
-            refuse(f"{where} ({record['file_name']}) has the 'image_id' {record['image_id']!r} of {other}: give each its own")
+            refuse(
+                f"{where} ({record['file_name']}) has the 'image_id' {record['image_id']!r} of {other}: give each its own"
+            )
         found = record.get("annotations", [])
         if not isinstance(found, list | tuple) or not all(isinstance(entry, dict) for entry in found):
             refuse(f"'annotations' of {where} ({record['file_name']}) is not a list of dicts")

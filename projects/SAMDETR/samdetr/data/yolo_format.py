@@ -8,8 +8,8 @@
 
 The boxes of ``images/train/a.jpg`` are in ``labels/train/a.txt``: the last folder called "images" becomes "labels"; without
 one, they are beside the image. A line is a class index and a box, centre and size as shares of the image's sides, or a polygon,
-of which the bounding box is taken; with ``kpt_shape``, keypoints follow the box. An image without such a file has no objects. Everything is turned into COCO's format and
-read by its reader, so that the same is repaired and refused.
+of which the bounding box is taken; with ``kpt_shape``, keypoints follow the box. An image without such a file has no objects.
+Everything is turned into COCO's format and read by its reader, so that the same is repaired and refused.
 """
 
 import functools

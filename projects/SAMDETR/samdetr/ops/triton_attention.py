@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 __all__ = ["attend_triton"]
 
 _TILE = 32  # queries or pixels
