@@ -91,7 +91,7 @@ setup(
         "openvino": OPENVINO,
         "supervision": SUPERVISION,
         "fiftyone": FIFTYONE,
-        "tracking": OBJECT_TRACKING,
+        "object-tracking": OBJECT_TRACKING,
         "app": APP,
         "timm": TIMM,
         "completion": COMPLETION,

@@ -39,22 +39,28 @@ def site(tmp_path_factory):
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.html")}
 
 
-def shown_config(page, tmp_path):
-    """The config for data of one's own that a page shows."""
-    block = re.search(r"^    _BASE_:.*?\n\n", page.read_text(), flags=re.MULTILINE | re.DOTALL).group()
-    (tmp_path / "my.yaml").write_text(textwrap.dedent(block))
+def shown_config(page, tmp_path, number=0):
+    """A config that a page shows."""
+    blocks = re.findall(r"^    _BASE_:.*?\n\n", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "my.yaml").write_text(textwrap.dedent(blocks[number]))
     return load_config(tmp_path / "my.yaml")
 
 
-def test_the_readmes_config_for_own_data_loads(tmp_path):
-    cfg = shown_config(ROOT / "README.md", tmp_path)
+def test_the_config_that_starts_from_cocos_weights_loads(tmp_path):
+    cfg = shown_config("docs/fine_tuning.md", tmp_path, number=1)
     assert cfg.DATASETS.TRAIN == ("my_train",) == (cfg.DATASETS.COCO_FORMAT[0][0],)
     assert 0 < cfg.SOLVER.STEPS[0] < cfg.SOLVER.MAX_ITER
 
 
-@pytest.mark.parametrize("page", ["fine_tuning.md", "index.md"])
+def test_the_config_of_another_backbone_loads(tmp_path):
+    cfg = shown_config("docs/models.md", tmp_path)
+    assert cfg.MODEL.BACKBONE.NAME == "build_timm_backbone" and len(cfg.MODEL.SAMDETR.IN_FEATURES) == 3
+    assert cfg.MODEL.SAMDETR.ENCODER.NAME == "DeformableTransformerEncoder"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/fine_tuning.md", "docs/index.md"])
 def test_the_config_for_small_data_sets_loads(page, tmp_path):
-    cfg = shown_config(ROOT / "docs" / page, tmp_path)
+    cfg = shown_config(page, tmp_path)
     assert cfg.DATASETS.TRAIN == ("mine_train",) == ((cfg.DATASETS.YOLO_FORMAT or cfg.DATASETS.COCO_FORMAT)[0][0],)
     assert cfg.SOLVER.EPOCHS > 0 < cfg.SOLVER.PATIENCE and cfg.MODEL.TIMM.WEIGHTS
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train the small model on the embedded dataset, evaluate it, and draw what it finds (7 minutes on two cores).
+"""Train the small model on the embedded dataset, evaluate it, and draw what it finds (7 to 22 minutes on two cores).
 
 tools/demo.py [--output output/demo] [KEY VALUE ...]
 """

@@ -43,9 +43,9 @@ def result(name, seed, *points):
 
 RESULTS = [
     result("slow", 1, (10, 1.0, 0.0), (20, 2.0, 4.0)),
-    result("slow", 2, (10, 3.0, 1.0), (20, 6.0, 6.0)),
+    result("slow", 2, (10, 1.0, 1.0), (20, 2.0, 6.0)),
     result("fast", 1, (10, 2.0, 5.0), (20, 4.0, 9.0)),
-    result("fast", 2, (10, 4.0, 3.0), (20, 8.0, 4.0)),
+    result("fast", 2, (10, 2.0, 3.0), (20, 4.0, 4.0)),
 ]
 
 
@@ -57,13 +57,21 @@ def test_first_reaching():
 
 
 def test_table(tmp_path):
-    """Means and deviations over seeds, times by the fastest; the goal is the mean of the baseline's last evaluations."""
+    """Means and deviations over seeds; the goal is the mean of the baseline's last evaluations. Not all need be timed."""
     lines = make_table(read_experiment(experiment_file(tmp_path)), RESULTS).splitlines()
     rows = {row[0]: row for row in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
     assert rows["run"] == ["run", "seeds", "steps", "final AP", "reaches slow's 5.0", "s per step"]
     assert rows["slow"] == ["slow", "2", "20", "5.0 ± 1.4", "step 20, 2 s (1 of 2 seeds)", "0.100"]
     assert rows["fast"] == ["fast", "2", "20", "6.5 ± 3.5", "step 10, 2 s (1 of 2 seeds)", "0.200"]
     assert rows["other"][:3] == ["other", "not run", ""]
+    (untimed,) = (
+        line
+        for line in make_table(
+            read_experiment(experiment_file(tmp_path)), [*RESULTS, result("other", 1, (10, 0.0, 2.0), (20, 0.0, 7.0))]
+        ).splitlines()
+        if line.startswith("| other")
+    )
+    assert [cell.strip() for cell in untimed.split("|")[4:-1]] == ["7.0", "step 20", ""]
 
 
 def test_plot(tmp_path):
@@ -82,19 +90,17 @@ def test_plot(tmp_path):
 
 
 def test_curves_are_read_from_the_metrics(tmp_path):
-    """Steps are counted from one, seconds are of an undisturbed step, NaN (nothing detected) is an AP of 0."""
+    """Steps are counted from one, seconds are by the given step, NaN (nothing detected) is an AP of 0."""
     assert read_curve(tmp_path, 6) == []
     (tmp_path / "metrics.json").write_text('{"iteration": 1, "ti')  # killed while it wrote its first line
     assert read_curve(tmp_path, 6) == []
     entries = [
-        {"iteration": 1, "time": 0.1},
         {"iteration": 2, "bbox/AP": float("nan")},
-        {"iteration": 3, "time": 0.2},
-        {"iteration": 5, "time": 9.0},
         {"iteration": 6, "bbox/AP": 12.5},
     ]
     (tmp_path / "metrics.json").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert read_curve(tmp_path, 6) == [[3, 0.3, 0.0], [6, 0.6, 12.5]]
+    assert read_curve(tmp_path, 6, 0.1) == [[3, 0.3, 0.0], [6, 0.6, 12.5]]
+    assert read_curve(tmp_path, 6) == [[3, 0.0, 0.0], [6, 0.0, 12.5]]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +234,13 @@ groups:
     assert "2 of 2 runs are complete" in run_script(TOOL, *arguments).stdout
     assert (checkpoints / "model_final.pth").stat().st_mtime == before
     assert collect(read_experiment(arguments[1]), tmp_path / "out") == results
+
+    timed = run_script(TOOL, *arguments, "--time-steps")
+    assert timed.returncode == 0, timed.stderr
+    (seconds,) = json.loads((tmp_path / "out" / "step_times.json").read_text()).values()
+    assert f"slow: {seconds:.3f} s per step" in timed.stdout and seconds > 0
+    for found in collect(read_experiment(arguments[1]), tmp_path / "out"):
+        assert found["curve"][-1][1] == pytest.approx(6 * seconds, abs=0.01)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Read an experiment (a YAML file of runs in groups, each run one config with several seeds), and its runs' curves."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,8 +108,8 @@ def flatten(node: dict, prefix: str = "") -> dict:
     return result
 
 
-def read_curve(folder: Path, max_iter: int) -> list[list[float]]:
-    """Return ``[[step, seconds, AP], ...]`` of a run so far; AP is 0 where nothing was detected."""
+def read_curve(folder: Path, max_iter: int, step_time: float = 0.0) -> list[list[float]]:
+    """Return ``[[step, seconds, AP], ...]`` of a run so far, by its seconds per step; AP is 0 where nothing was detected."""
     path = folder / "metrics.json"
     if not path.is_file() or not path.stat().st_size:  # a run that has just begun has an empty one
         return []
@@ -116,16 +117,20 @@ def read_curve(folder: Path, max_iter: int) -> list[list[float]]:
         metrics = read_metrics(folder)
     except UserError:  # one unfinished line
         return []
-    times = sorted(value for _, _, value in metrics.get("time", [(0, 0, 0.0)]))
-    step_time = times[len(times) // 10]  # of an undisturbed step, see run_experiments.py
     # detectron2 counts from 0 during training, and names the last evaluation by the number of steps.
     curve = {min(int(i) + 1, max_iter): 0.0 if ap != ap else ap for i, _, ap in metrics.get("bbox/AP", [])}
     return [[step, round(step * step_time, 2), round(ap, 3)] for step, ap in curve.items()]
 
 
+def read_step_times(output: Path) -> dict[str, float]:
+    """Return the seconds per step of the runs that were timed, by name."""
+    path = output / "step_times.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def collect(experiment: Experiment, output: Path) -> list[dict]:
     """Return the curves of all runs that are complete and have the configs of the experiment."""
-    results = []
+    results, step_times = [], read_step_times(output)
     for entry in experiment.runs:
         for seed in entry.seeds:
             folder = entry.folder(output, seed)
@@ -133,7 +138,7 @@ def collect(experiment: Experiment, output: Path) -> list[dict]:
             if not (folder / "experiment.yaml").is_file() or differences(cfg, folder):
                 continue
             max_iter = cfg.SOLVER.MAX_ITER
-            curve = read_curve(folder, max_iter)
+            curve = read_curve(folder, max_iter, step_times.get(entry.name, 0.0))
             if curve and curve[-1][0] == max_iter:
                 results.append({"name": entry.name, "config": entry.config, "seed": seed, "curve": curve})
     return results

@@ -3,6 +3,7 @@
 
     tools/experiments/run_experiments.py --experiment tools/experiments/digits.yaml --output output/experiments --jobs 2
     tools/experiments/run_experiments.py --experiment tools/experiments/digits.yaml --output output/experiments --only fcos
+    tools/experiments/run_experiments.py --experiment tools/experiments/digits.yaml --output output/experiments --time-steps
     tools/experiments/run_experiments.py --experiment tools/experiments/digits.yaml --output tools/experiments/results \\
         --report-only
 
@@ -11,9 +12,9 @@ the last checkpoints. Complete runs are not touched (an evaluation that was inte
 run the tool writes OUTPUT/experiments.json (the raw curves) and experiments.png (the plot), and at the end it prints a table;
 --report-only makes plot and table again from the curves.
 
-Seconds are those of an undisturbed step times the steps: training alone, without evaluation, on this machine. An undisturbed
-step is the tenth percentile of the times that a run has logged, because machines do other things now and then, and that of
-the fastest seed counts for all seeds, because they compute the same.
+Seconds are those of a step times the steps, training alone, without evaluation. --time-steps measures a step of each run, one
+run after the other on a machine that does nothing else, and trains nothing; the times of long runs would say what else their
+machines had to do.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import sys
 from pathlib import Path
 
 from experiment import collect, read_experiment
-from scheduler import train
+from scheduler import time_steps, train
 from summary import make_table, read_results, report
 
 from samdetr.cli.common import output_folder, run
@@ -37,6 +38,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="train only these runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    parser.add_argument(
+        "--time-steps", action="store_true", help="measure the seconds of a step of each run; train nothing"
+    )
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     experiment = read_experiment(arguments.experiment)
@@ -57,7 +61,11 @@ def main() -> int:
                     f"{output}: another run_experiments.py, or a run that it has started, works there.",
                     argument="output",
                 ) from error
-            succeeded = train(experiment, output, arguments.only, arguments.jobs, arguments.threads, lock.fileno())
+            if arguments.time_steps:
+                time_steps(experiment, output, arguments.only, arguments.threads)
+                succeeded = True
+            else:
+                succeeded = train(experiment, output, arguments.only, arguments.jobs, arguments.threads, lock.fileno())
         results = collect(experiment, output)
     report(experiment, results, output)
     print(make_table(experiment, results), end="")

@@ -1,19 +1,22 @@
 """Train the runs of an experiment, several at a time, each in a process of its own; go on where an earlier one stopped."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
-from experiment import ROOT, Experiment, Run, collect, config_of, differences, read_curve
+from experiment import ROOT, Experiment, Run, collect, config_of, differences, read_curve, read_step_times
 from summary import report
 
 from samdetr.checks import check_config
 from samdetr.data import register_datasets
 from samdetr.errors import UserError
+from samdetr.visualization import read_metrics
 
 
 def check_run(entry: Run, cfg) -> None:
@@ -46,6 +49,44 @@ def keep_config(cfg, folder: Path) -> None:
                 "move that folder away."
             )
     kept.write_text(cfg.dump())
+
+
+def time_steps(experiment: Experiment, output: Path, only: list[str], threads: int) -> None:
+    """Measure the seconds per step of each run, one after the other, and write them to OUTPUT/step_times.json.
+
+    The first 60 steps are made anew. detectron2 logs the median of each 20; the smallest counts.
+    """
+    step_times = read_step_times(output)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    for entry in experiment.runs:
+        if only and entry.name not in only:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                sys.executable,
+                str(ROOT / "train_net.py"),
+                "--config-file",
+                str(ROOT / entry.config),
+                *entry.options,
+            ]
+            command += [
+                "SOLVER.MAX_ITER",
+                "60",
+                "SOLVER.STEPS",
+                "()",
+                "DATASETS.TEST",
+                "()",
+                "SEED",
+                "1",
+                "OUTPUT_DIR",
+                folder,
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                raise UserError(f"{entry.name} failed: {done.stderr.strip().splitlines()[-1:]}")
+            step_times[entry.name] = round(min(value for _, _, value in read_metrics(folder)["time"][1:]), 4)
+        print(f"{entry.name}: {step_times[entry.name]:.3f} s per step", flush=True)
+    (output / "step_times.json").write_text(json.dumps(step_times, indent=1) + "\n")
 
 
 def train(experiment: Experiment, output: Path, only: list[str], jobs: int, threads: int, lock: int) -> bool:

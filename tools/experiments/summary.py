@@ -16,8 +16,8 @@ def curves_of(results: list[dict], name: str) -> list[list[list[float]]]:
 
 
 def seconds_per_step(curves: list[list[list[float]]]) -> float:
-    """Return the fastest seed's: all seeds compute the same, and what takes one of them longer is its machine."""
-    return min(curve[-1][1] / curve[-1][0] for curve in curves)
+    """Return what all seeds have in common; 0 if it was not measured."""
+    return curves[0][-1][1] / curves[0][-1][0]
 
 
 def first_reaching(curve: list[list[float]], ap: float) -> list[float] | None:
@@ -56,10 +56,11 @@ def make_table(experiment: Experiment, results: list[dict]) -> str:
             row = [entry.name, len(curves), curves[0][-1][0], f"{fmean(final):.1f}{spread}"]
             for ap in goals.values():
                 reached = [point[0] for curve in curves if (point := first_reaching(curve, ap))]
-                where = f"step {fmean(reached):.0f}, {fmean(reached) * seconds:.0f} s" if reached else "no"
+                where = f"step {fmean(reached):.0f}" if reached else "no"
+                where += f", {fmean(reached) * seconds:.0f} s" if reached and seconds else ""
                 few = f" ({len(reached)} of {len(curves)} seeds)" if 0 < len(reached) < len(curves) else ""
                 row.append(where + few)
-            rows.append([*row, f"{seconds:.3f}"])
+            rows.append([*row, f"{seconds:.3f}" if seconds else ""])
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n"
 
 
@@ -71,15 +72,18 @@ def make_plot(experiment: Experiment, results: list[dict]) -> Figure:
     goals = goals_of(experiment, results)
     for group, axes in zip(groups, panels):
         names = [name for name in (*group.also, *(entry.name for entry in group.runs)) if curves_of(results, name)]
+        timed = [name for name in names if seconds_per_step(curves_of(results, name))]
         for axis, column, label in zip(axes, (0, 1), ("training steps", "seconds of training")):
             for number, name in enumerate(names):
+                if column and name not in timed:
+                    continue
                 draw_mean(axis, curves_of(results, name), column, name, f"C{number}", list(goals.values()))
             highest = max(point[2] for name in names for curve in curves_of(results, name) for point in curve)
             for number, (name, ap) in enumerate(goals.items()):
                 if ap <= 1.5 * highest:  # otherwise it would flatten the curves
                     style = {"color": "0.3", "linestyle": ("--", ":")[number % 2], "linewidth": 1}
                     axis.axhline(ap, label=f"final AP of {name}: {ap:.1f}", **style)
-            axis.set(title=group.title, xlabel=label, ylabel="box AP")
+            axis.set(title=group.title, xlabel=label, ylabel="box AP", xlim=(0, None))
             axis.grid(alpha=0.3)
         axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     return figure

@@ -21,7 +21,7 @@ COMMANDS = {
     "check": "read a dataset and report what is wrong with it",
     "report": "write one HTML page about a run",
     "attention": "draw keypoints and attention of a trained model",
-    "export": "export a trained model to ONNX or torch.export",
+    "export": "export a trained model to ONNX, OpenVINO or torch.export",
     "demo-app": "show detections and attention on a page in the browser",
     "benchmark": "measure time and memory of configs",
 }
