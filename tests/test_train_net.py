@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import time
 
 import pytest
@@ -193,6 +194,16 @@ def test_mistakes_end_in_one_line(arguments, message, tmp_path):
     result = train_net(*arguments, "OUTPUT_DIR", tmp_path)
     assert result.returncode == 1
     assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_an_address_that_is_taken_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        options = ["--num-gpus", 2, "--dist-url", address, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path]
+        result = train_net(*options)
+    assert result.returncode == 1
+    assert re.match(rf"error: --dist-url {address}: .*address already in use", result.stderr.splitlines()[-1])
 
 
 @pytest.mark.slow

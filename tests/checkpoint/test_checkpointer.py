@@ -81,6 +81,23 @@ def test_only_the_best_weights_are_the_average_without_an_average(tmp_path, capl
     assert ("holds no moving average" in caplog.text) == warns
 
 
+def test_where_the_average_is_taken(tmp_path, caplog):
+    """It is what was evaluated, and so a start for another run; without SOLVER.EMA.ENABLED the weights are, and it says so."""
+    weights = tiny_model().state_dict()
+    average = {f"module.{name}": torch.zeros_like(value) for name, value in weights.items()}
+    torch.save({"model": weights, "average": average}, tmp_path / "model.pth")
+    for options, taken in (
+        ({"complete": False}, True),
+        ({"complete": True, "use_average": True}, True),
+        ({"complete": True}, False),
+    ):
+        caplog.clear()
+        model = tiny_model()
+        CheckedCheckpointer(model, **options).load(str(tmp_path / "model.pth"))
+        assert any(parameter.any() for parameter in model.parameters()) != taken
+        assert ("also holds a moving average" in caplog.text) != taken
+
+
 @pytest.mark.parametrize("last", [None, b"", b"\xff\xfe\x00", b"model_0000077.pth", b"../../etc/passwd", "folder"])
 def test_the_newest_checkpoint_is_found_by_its_iteration(tmp_path, last):
     """Whatever copying has done to the times of the files, and damage to last_checkpoint."""

@@ -43,7 +43,8 @@ class CheckedCheckpointer(DetectionCheckpointer):
             model, args, kwargs: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
             complete: whether every parameter must come from the checkpoint (evaluation and resuming), or any subset will do
                 (initialisation).
-            use_average: whether to load the moving average of the weights, if the checkpoint has one.
+            use_average: whether to load the moving average of the weights, if the checkpoint has one. To initialise a model,
+                it is taken in any case, because it is what was evaluated.
             description: what every saved checkpoint carries beside the weights, see :func:`describe_run`.
         """
         super().__init__(model, *args, **kwargs)
@@ -153,7 +154,7 @@ class CheckedCheckpointer(DetectionCheckpointer):
     def _torch_load(self, f: str) -> dict:
         checkpoint = self._source if isinstance(self._source, Checkpoint) else Checkpoint.read(f)
         weights = checkpoint.weights
-        if self.use_average and checkpoint.average is not None:
+        if checkpoint.average is not None and (self.use_average or not self.complete):
             logger.info("Using the moving average of the weights in %s.", f)
             weights = checkpoint.average
         elif self.use_average and checkpoint.metric is None:  # the best weights are the average already

@@ -201,3 +201,10 @@ def main(arguments: argparse.Namespace) -> None:
         if error.exit_code in (-signal.SIGINT, -signal.SIGTERM):
             sys.exit(128 - error.exit_code)
         sys.exit(f"error: {error}" if error.exit_code < 0 else error.exit_code)
+    except torch.multiprocessing.ProcessRaisedException as error:
+        kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
+        if not kind.endswith("DistNetworkError"):
+            raise
+        sys.exit(
+            f"error: --dist-url {arguments.dist_url}: {message}. Name an address of the first machine with a free port."
+        )
