@@ -76,9 +76,10 @@ def test_names_with_blanks_dots_and_brackets(folder, name):
     for image in (name, "1.5", "a1", "my"):
         Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(folder / "JPEGImages" / f"{image}.png")
     (folder / "Annotations" / f"{name}.xml").write_text(annotation(("dog", 1, 1, 60, 40, 0), filename=""))
-    (folder / "ImageSets" / "Main" / "val.txt").write_text(f"{name}\n")
-    found = read_voc(folder, "val")
-    assert found.file_names == [f"{name}.png"] and not found.report.errors
+    for line in (name, f"{name}  -1"):
+        (folder / "ImageSets" / "Main" / "val.txt").write_text(f"{line}\n")
+        found = read_voc(folder, "val")
+        assert found.file_names == [f"{name}.png"] and not found.report.errors
 
 
 def test_images_that_were_missing_are_found_later(folder):

@@ -45,6 +45,13 @@ def test_a_run_without_known_metrics(tmp_path):
         draw_curves({"mine": metrics})
 
 
+def test_each_of_several_datasets_has_a_curve_of_its_ap(tmp_path):
+    lines = [{"iteration": i, "lr": 0.1, "night/bbox/AP": 7.0 + i, "day/bbox/AP": 9.0 + i} for i in (1, 2)]
+    figure = draw_curves({"mine": read_metrics(write_metrics(tmp_path / "metrics.json", lines))})
+    found = {axis.get_title(): axis.lines[0].get_ydata().tolist() for axis in figure.axes if axis.lines}
+    assert found["box AP on night"] == [8.0, 9.0] and found["box AP on day"] == [10.0, 11.0]
+
+
 def test_missing_metrics(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.json: there is no such file"):
         read_metrics(tmp_path)

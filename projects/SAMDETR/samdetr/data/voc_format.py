@@ -103,13 +103,16 @@ def _number(text: str, default: float) -> float:
 
 
 def _listed(path: str, contents: dict[str, ET.Element | str]) -> list[str]:
-    """Return the names in a list; lists of one class have a second column, which is left out."""
+    """Return the names in a list, which may have blanks; lists of one class have a second column, which is left out."""
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}).") from error
-    lines = [line.strip() for line in lines if line.strip()]
-    return [line if line in contents else line.split()[0] for line in lines]  # names may have blanks
+    names = []
+    for line in filter(None, map(str.strip, lines)):
+        first, *_ = line.split()
+        names.append(next((name for name in (line, line.rsplit(None, 1)[0]) if name in contents), first))
+    return names
 
 
 def _text(element: ET.Element, path: str) -> str:

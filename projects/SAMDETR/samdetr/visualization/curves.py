@@ -127,7 +127,7 @@ def draw_curves(runs: dict[str, Metrics], published: Sequence[str] = ()) -> Figu
                 argument="published",
             )
     theirs = {f"{name} (published, COCO)": published_curves(name) for name in published}
-    panels = [panel for panel in _PANELS if any(panel[1] in metrics for metrics in (*runs.values(), *theirs.values()))]
+    panels = _panels({metric for metrics in (*runs.values(), *theirs.values()) for metric in metrics})
     if not panels:
         known = ", ".join(metric for _, metric, _ in _PANELS)
         raise UserError(f"{', '.join(runs)} has none of the metrics that are drawn: {known}.")
@@ -144,7 +144,7 @@ def draw_curves(runs: dict[str, Metrics], published: Sequence[str] = ()) -> Figu
                 lines[label] = axis.plot([p[1] for p in points], [p[2] for p in points], label=label, **style)
         for color, (name, metrics) in enumerate(runs.items()):
             points = [p for p in metrics.get(metric, []) if p[2] == p[2]]
-            marker = "o-" if metric.startswith("bbox") else "-"
+            marker = "o-" if metric.endswith("bbox/AP") else "-"
             x = epochs_of(points, metrics) if by_epoch else [p[0] for p in points]
             lines[name] = axis.plot(x, [p[2] for p in points], marker, color=f"C{color}", markersize=4, label=name)
         axis.set(title=title, xlabel="epoch" if by_epoch else "iteration")
@@ -156,6 +156,18 @@ def draw_curves(runs: dict[str, Metrics], published: Sequence[str] = ()) -> Figu
     names = [as_drawn(name) for name in lines]
     figure.legend([line[0] for line in lines.values()], names, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _panels(metrics: set[str]) -> list[tuple[str, str, bool]]:
+    """Return the panels for those of the metrics that are drawn; of several test datasets, each has a panel of its AP."""
+    found = []
+    for title, metric, logarithmic in _PANELS:
+        if metric in metrics:
+            found.append((title, metric, logarithmic))
+        if metric == "bbox/AP":
+            several = sorted(key for key in metrics if key.endswith("/bbox/AP"))
+            found += [(f"{title} on {key.removesuffix('/bbox/AP')}", key, logarithmic) for key in several]
+    return found
 
 
 def epochs_of(points: Sequence[tuple[float, float, float]], metrics: Metrics) -> list[float]:
