@@ -39,6 +39,7 @@ class SetDetector(nn.Module):
         self,
         *,
         backbone: Backbone,
+        in_features: list[str],
         criterion: SetCriterion,
         num_classes: int,
         max_detections: int,
@@ -48,6 +49,7 @@ class SetDetector(nn.Module):
         """
         Args:
             backbone: follows detectron2's backbone interface; optimised in place, see :func:`optimize_backbone`.
+            in_features: names of the backbone's outputs to use, from the finest to the coarsest.
             criterion: computes the losses.
             num_classes: number of classes K; labels in training are in [0, K).
             max_detections: how many detections to return per image.
@@ -55,11 +57,25 @@ class SetDetector(nn.Module):
         """
         super().__init__()
         self.backbone = optimize_backbone(backbone)
+        self.in_features = list(in_features)
         self.criterion = criterion
         self.num_classes = num_classes
         self.max_detections = max_detections
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @staticmethod
+    def shared_parts(cfg) -> dict:
+        """Return the arguments that all of these detectors have in common."""
+        return {
+            "backbone": build_backbone(cfg),
+            "in_features": cfg.MODEL.SAMDETR.IN_FEATURES,
+            "criterion": SetCriterion(cfg),
+            "num_classes": cfg.MODEL.SAMDETR.NUM_CLASSES,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
 
     @property
     def device(self) -> torch.device:
@@ -201,24 +217,16 @@ class SAMDETR(SetDetector):
     def __init__(
         self,
         *,
-        backbone: Backbone,
-        in_features: list[str],
         feature_projection: FeatureProjection,
         encoder: nn.Module,
         query_generator: nn.Module,
         decoder: Decoder,
-        criterion: SetCriterion,
-        num_classes: int,
-        max_detections: int,
-        pixel_mean: list[float],
-        pixel_std: list[float],
         dense_head: DenseHead | None = None,
         kernels: str = "torch",
+        **options,
     ):
         """
         Args:
-            backbone, criterion, num_classes, max_detections, pixel_mean, pixel_std: see :class:`SetDetector`.
-            in_features: names of the backbone's outputs to use, from the finest to the coarsest.
             feature_projection: turns the chosen features into levels.
             encoder: see :data:`samdetr.modeling.encoder.ENCODER_REGISTRY`.
             query_generator: see :data:`samdetr.modeling.query_generator.QUERY_GENERATOR_REGISTRY`.
@@ -226,16 +234,9 @@ class SAMDETR(SetDetector):
             dense_head: a further head that is used in training only.
             kernels: "torch", or "triton" where that runs, for attention and sampling: of every part that has an attribute
                 ``kernels``.
+            options: see :class:`SetDetector`.
         """
-        super().__init__(
-            backbone=backbone,
-            criterion=criterion,
-            num_classes=num_classes,
-            max_detections=max_detections,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-        )
-        self.in_features = list(in_features)
+        super().__init__(**options)
         self.feature_projection = feature_projection
         self.encoder = encoder
         self.query_generator = query_generator
@@ -258,12 +259,10 @@ class SAMDETR(SetDetector):
     @staticmethod
     def shared_parts(cfg) -> dict:
         """Return the arguments that detectors with another encoder and decoder have in common with this one."""
-        node = cfg.MODEL.SAMDETR
-        backbone = build_backbone(cfg)
-        features = used_features(cfg, backbone)
+        node, parts = cfg.MODEL.SAMDETR, SetDetector.shared_parts(cfg)
+        features = used_features(cfg, parts["backbone"])
         return {
-            "backbone": backbone,
-            "in_features": node.IN_FEATURES,
+            **parts,
             "feature_projection": FeatureProjection(
                 in_channels=[feature.channels for feature in features],
                 strides=[feature.stride for feature in features],
@@ -271,12 +270,7 @@ class SAMDETR(SetDetector):
                 num_groups=node.PROJECTION_NUM_GROUPS,
                 temperature=node.POSITION_TEMPERATURE,
             ),
-            "criterion": SetCriterion(cfg),
             "kernels": node.KERNELS,
-            "num_classes": node.NUM_CLASSES,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
     def encode(self, images: Tensor, image_sizes: list[tuple[int, int]] | None) -> list[FeatureLevel]:

@@ -12,7 +12,7 @@ import math
 import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...ops.runtime import run_layer, upload
 from ..boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from ..criterion import SetCriterion
 from ..layers import FeedForward, xavier_uniform_matrices_
 from ..meta_arch import SetDetector, used_features
 from ..structures import ImageTarget, Predictions
@@ -39,15 +38,13 @@ class SparseRCNN(SetDetector):
     """Sparse R-CNN. There is no encoder."""
 
     @configurable
-    def __init__(self, *, in_features: list[str], proposals: "LearnedProposals", decoder: "SparseStages", **options):
+    def __init__(self, *, proposals: "LearnedProposals", decoder: "SparseStages", **options):
         """
         Args:
-            in_features: names of the backbone's outputs that make the pyramid, from the finest.
             proposals, decoder: the learned proposals, and the stages that they go through.
-            options: see :class:`SetDetector`.
+            options: see :class:`SetDetector`; the features are those of the pyramid.
         """
         super().__init__(**options)
-        self.in_features = list(in_features)
         self.proposals = proposals
         self.decoder = decoder
         self.query_generator = None
@@ -56,8 +53,8 @@ class SparseRCNN(SetDetector):
     @classmethod
     def from_config(cls, cfg):
         node, pooling = cfg.MODEL.SAMDETR, cfg.MODEL.ROI_BOX_HEAD
-        backbone = build_backbone(cfg)
-        shapes = used_features(cfg, backbone)
+        parts = cls.shared_parts(cfg)
+        shapes = used_features(cfg, parts["backbone"])
         if any(shape.channels != node.HIDDEN_DIM for shape in shapes):
             raise UserError(
                 f"MODEL.SAMDETR.HIDDEN_DIM is {node.HIDDEN_DIM}, but the features have "
@@ -77,8 +74,7 @@ class SparseRCNN(SetDetector):
             for _ in range(node.DECODER.NUM_LAYERS)
         ]
         return {
-            "backbone": backbone,
-            "in_features": node.IN_FEATURES,
+            **parts,
             "proposals": LearnedProposals(num_proposals=node.NUM_QUERIES, dim=node.HIDDEN_DIM),
             "decoder": SparseStages(
                 stages=stages,
@@ -86,11 +82,6 @@ class SparseRCNN(SetDetector):
                 box_weights=tuple(pooling.BBOX_REG_WEIGHTS),
                 recompute=node.ACTIVATION_CHECKPOINTING,
             ),
-            "criterion": SetCriterion(cfg),
-            "num_classes": node.NUM_CLASSES,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
     def encode(self, images: Tensor, image_sizes: list[tuple[int, int]]) -> Pyramid:

@@ -14,14 +14,13 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import import_extra
 from ...ops.runtime import upload
-from ..criterion import SetCriterion
 from ..feature_projection import make_padding_mask
 from ..layers import MLP, start_heads_, xavier_uniform_matrices_
 from ..meta_arch import SetDetector, used_features
@@ -205,36 +204,23 @@ class TransformersDETR(SetDetector):
     def __init__(
         self,
         *,
-        backbone: Backbone,
-        in_features: list[str],
         network: nn.Module,
-        criterion: SetCriterion,
         dim: int,
         num_classes: int,
         prior_prob: float,
-        max_detections: int,
-        pixel_mean: list[float],
-        pixel_std: list[float],
         query_generator: DenoisingQueryGenerator | None = None,
+        **options,
     ):
         """
         Args:
-            backbone, criterion, num_classes, max_detections, pixel_mean, pixel_std: see :class:`SetDetector`.
-            in_features: names of the backbone's outputs to use, from the finest to the coarsest.
             network: of :func:`build_network`.
             dim: model width C.
+            num_classes: number of classes K.
             prior_prob: the score that every class starts with.
             query_generator: adds DN-DETR's denoising queries to a DAB-DETR, whose own reference boxes it then uses.
+            options: see :class:`SetDetector`.
         """
-        super().__init__(
-            backbone=backbone,
-            criterion=criterion,
-            num_classes=num_classes,
-            max_detections=max_detections,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-        )
-        self.in_features = list(in_features)
+        super().__init__(num_classes=num_classes, **options)
         self.network = network
         self.class_head = nn.Linear(dim, num_classes)
         self.box_head = MLP([dim, dim, dim, 4])
@@ -260,11 +246,10 @@ class TransformersDETR(SetDetector):
     @classmethod
     def from_config(cls, cfg):
         node = cfg.MODEL.SAMDETR
-        backbone = build_backbone(cfg)
-        features = used_features(cfg, backbone)
+        parts = cls.shared_parts(cfg)
+        features = used_features(cfg, parts["backbone"])
         return {
-            "backbone": backbone,
-            "in_features": node.IN_FEATURES,
+            **parts,
             "network": build_network(
                 detector=cfg.MODEL.TRANSFORMERS.DETECTOR,
                 channels=[feature.channels for feature in features],
@@ -280,13 +265,8 @@ class TransformersDETR(SetDetector):
                 decoder_points=node.CROSS_ATTENTION.NUM_POINTS,
                 dropout=cfg.MODEL.TRANSFORMERS.DROPOUT,
             ),
-            "criterion": SetCriterion(cfg),
             "dim": node.HIDDEN_DIM,
-            "num_classes": node.NUM_CLASSES,
             "prior_prob": node.PRIOR_PROB,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
             "query_generator": (
                 DenoisingQueryGenerator(cfg) if node.QUERY_GENERATOR.NAME == "DenoisingQueryGenerator" else None
             ),
