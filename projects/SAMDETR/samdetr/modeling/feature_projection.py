@@ -48,8 +48,8 @@ class MaskedGroupNorm(nn.GroupNorm):
         mean = (groups * valid).sum((1, 2, 4), keepdim=True) / count
         centred = groups - mean
         variance = (centred.square() * valid).sum((1, 2, 4), keepdim=True) / count
-        normalised = (centred * (variance + self.eps).rsqrt()).flatten(3)
-        return (normalised * self.weight + self.bias).to(self.weight.dtype)
+        normalised = (centred * (variance + self.eps).rsqrt()).flatten(3).to(x.dtype)
+        return normalised * self.weight + self.bias
 
 
 class FeatureProjection(nn.Module):
