@@ -187,6 +187,18 @@ def test_the_best_of_another_evaluation_is_kept_and_not_compared(tmp_path, monke
     assert metrics == [30.0, 10.0]
 
 
+def test_the_best_of_another_version_stays(tmp_path, monkeypatch):
+    remaining = iter((30.0, 20.0, 10.0))
+    monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": next(remaining)}})
+    options = ["DATASETS.TEST", ("digits_val_20",), "TEST.EVAL_PERIOD", 2]
+    train_until(start(trainer_config(tmp_path, *options)), 4)
+    data = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    data["config"] = data["config"].replace("POOLED_SIZE", "POOLED_SIZE_OF_OLD")
+    torch.save(data, tmp_path / "model_best.pth")
+    train(trainer_config(tmp_path, *options), resume=True)
+    assert Checkpoint.read(tmp_path / "model_best.pth").metric == 30.0
+
+
 def test_detections_of_several_datasets_are_in_folders_of_their_own(tmp_path):
     options = ["DATASETS.TEST", ("digits_val_20", "digits_val"), "OUTPUT_DIR", str(tmp_path)]
     folders = [Trainer.build_evaluator(tiny_config(*options), name)._output_dir for name in options[1]]

@@ -57,11 +57,12 @@ class KeepBest(HookBase):
         if self.trainer.start_iter > 0 and PathManager.isfile(path):
             try:
                 kept = Checkpoint.read(path, name="The best checkpoint")
-                config = kept.config()
             except UserError as error:
                 logger.error("%s The next evaluation replaces it.", error)
             else:
-                evaluated_on = self.trainer.cfg.DATASETS.TEST[0]
+                evaluated_on, config = self.trainer.cfg.DATASETS.TEST[0], None
+                with contextlib.suppress(UserError):  # of another version: taken to be of the same data
+                    config = kept.config()
                 before = config.DATASETS.TEST[0] if config is not None and config.DATASETS.TEST else evaluated_on
                 if before != evaluated_on:
                     self._set_aside(path, before)
