@@ -196,14 +196,14 @@ def test_mistakes_end_in_one_line(arguments, message, tmp_path):
     assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 
-@pytest.mark.slow
-def test_an_address_that_is_taken_is_named(tmp_path):
+def test_an_address_that_is_taken_is_named_at_once(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
-        options = ["--num-gpus", 2, "--dist-url", address, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path]
-        result = train_net(*options)
-    assert result.returncode == 1
-    assert re.match(rf"error: --dist-url {address}: .*address already in use", result.stderr.splitlines()[-1])
+        taken = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        for address, message in ((taken, "already in use"), ("tcp://127.0.0.1:99999", "port must be 0-65535")):
+            options = ["--num-gpus", 2, "--dist-url", address, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path / "run"]
+            result = train_net(*options)
+            assert result.returncode == 1 and not (tmp_path / "run").exists()  # no process was started
+            assert re.match(rf"error: --dist-url {address}: .*{message}", result.stderr.splitlines()[-1])
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def test_checkpoints_of_another_architecture():
     other = tiny_model("MODEL.SAMDETR.HIDDEN_DIM", 16).state_dict()
     with pytest.raises(UserError, match="of another architecture"):  # its backbone fits, the rest does not
         check_fit("w.pth", model, other, complete=False)
-    with pytest.raises(UserError, match=r"beside tensors it has the entries state_dict, epoch.*see the README"):
+    with pytest.raises(UserError, match=r"beside tensors it has the entries state_dict, epoch.*see docs/models.md"):
         check_fit("w.pth", model, {"state_dict": {}, "epoch": 1}, complete=False)
     with pytest.raises(UserError, match=r"w\.pth is of another architecture.*of shape .* has shape"):
         check_fit("w.pth", model, other, complete=True)

@@ -58,7 +58,7 @@ def test_mlflow_gets_metrics_and_config_and_a_resumed_run_goes_on(mlflow, tmp_pa
 
 
 def test_wandb_works_offline(monkeypatch, tmp_path):
-    pytest.importorskip("wandb", reason="wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     cfg = config(tmp_path, "TRACKING.WANDB_PROJECT", "cells")
@@ -69,6 +69,7 @@ def test_wandb_works_offline(monkeypatch, tmp_path):
     again = WandbWriter(cfg)
     write_steps(again, [20, 39])
     assert again.run.id == writer.run.id
+    wandb.teardown()  # its process has written everything
     first, second = (file.read_bytes() for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")))
     assert b"total_loss" in first and b"bbox/AP" in first and b"29" in first
     assert b"total_loss" in second and b"49" in second

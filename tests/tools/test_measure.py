@@ -218,14 +218,12 @@ def test_a_detection_of_an_exported_file_is_in_the_pixels_of_the_image():
 @pytest.mark.slow
 def test_growth_is_measured_and_drawn(tmp_path):
     config = TINY_CONFIG
-    values = ["--sizes", 64, 70, "--queries", 5, 10, "--boxes-per-image", 1, "--batches", 1]
+    values = ["--sizes", 64, 70, "--queries", 5, "--boxes-per-image", 1, "--batches", 1]
     output = ["--output", tmp_path / "growth.json", "--plot", tmp_path / "growth.png"]
     result = run_tool("measure/growth.py", "--config-file", config, "--size", 64, 64, "--steps", 1, *values, *output)
     assert result.returncode == 0, result.stderr
     results = {r["name"]: r for r in json.loads((tmp_path / "growth.json").read_text())["results"]}
-    assert set(results) == {"image-side-64", "queries-5", "queries-10", "boxes-1", "batch-1"}
-    assert results["queries-10"]["multiply_adds"] > results["queries-5"]["multiply_adds"]
-    assert results["queries-5"]["multiply_adds"] == 2 * results["batch-1"]["multiply_adds"] * (
-        results["queries-5"]["multiply_adds"] / results["boxes-1"]["multiply_adds"]
-    )
+    assert set(results) == {"image-side-64", "queries-5", "boxes-1", "batch-1"}
+    assert results["queries-5"]["multiply_adds"] < results["boxes-1"]["multiply_adds"]  # of 12 queries
+    assert results["boxes-1"]["multiply_adds"] == 2 * results["batch-1"]["multiply_adds"]  # of two images, and of one
     assert Image.open(tmp_path / "growth.png").size[0] > 500

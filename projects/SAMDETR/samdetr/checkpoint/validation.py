@@ -47,7 +47,7 @@ def check_fit(path: str, model: torch.nn.Module, weights: dict, *, complete: boo
     if foreign:
         raise UserError(
             f"{path} is not a checkpoint of this project: beside tensors it has the entries {', '.join(foreign[:5])}. It "
-            'needs an entry "model" with the parameters. The authors\' files have to be converted first, see the README.'
+            'needs an entry "model" with the parameters. The authors\' files have to be converted first, see docs/models.md.'
         )
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     shapes = {name.removeprefix("module."): tuple(value.shape) for name, value in weights.items()}

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -158,10 +159,23 @@ def run(args):
         raise UserError("With several machines, name the first one's address in --dist-url: tcp://HOST:PORT.")
     if args.dist_url != "auto" and not re.fullmatch(r"tcp://[^/]+:\d+|file:///.+|env://.*", args.dist_url):
         raise UserError(f"--dist-url is {args.dist_url!r}: give tcp://HOST:PORT or file:///PATH.")
+    if args.machine_rank == 0 and args.num_gpus * args.num_machines > 1 and not launched:
+        check_port_is_free(args.dist_url)
     cfg = read_config(args)
     main_machine = args.machine_rank == 0 and int(os.environ.get("RANK", 0)) == 0
     with lock_folder(cfg.OUTPUT_DIR) if main_machine and not args.eval_only else contextlib.nullcontext():
         start(args, cfg, launched)
+
+
+def check_port_is_free(url):
+    """Refuse a tcp:// address whose port is taken: the processes themselves would end with a traceback after half a minute."""
+    port = re.fullmatch(r"tcp://.+:(\d+)", url)
+    if not port:
+        return
+    try:
+        socket.create_server(("", int(port[1]))).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--dist-url {url}: {error}. Name an address of this machine with a free port.") from error
 
 
 def start(args, cfg, launched):
@@ -206,5 +220,5 @@ def main(arguments: argparse.Namespace) -> None:
         if not kind.endswith("DistNetworkError"):
             raise
         sys.exit(
-            f"error: --dist-url {arguments.dist_url}: {message}. Name an address of the first machine with a free port."
+            f"error: --dist-url {arguments.dist_url}: {message}. Name an address of the first machine that all others reach."
         )
