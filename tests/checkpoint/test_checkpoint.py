@@ -25,9 +25,10 @@ def test_damaged_checkpoints(tmp_path):
 
 def test_checkpoints_with_other_objects_say_how_to_go_on(tmp_path):
     path = tmp_path / "model.pth"
-    torch.save({"model": {}, "args": UserError("an object")}, path)
-    with pytest.raises(UserError, match=r"holds Python objects.*weights_only=False.*\"model\" entry"):
-        Checkpoint.read(path)
+    for new_format in (True, False):
+        torch.save({"model": {}, "args": UserError("an object")}, path, _use_new_zipfile_serialization=new_format)
+        with pytest.raises(UserError, match=r"holds Python objects.*UserError.*weights_only=False.*\"model\" entry"):
+            Checkpoint.read(path)
 
 
 def test_a_flipped_byte_inside_a_tensor_is_found(tmp_path):

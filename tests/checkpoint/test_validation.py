@@ -9,9 +9,16 @@ from samdetr.checkpoint import check_fit
 from samdetr.errors import UserError
 
 
-@pytest.mark.parametrize("config", ["faster_rcnn", "cascade_rcnn", "retinanet", "fcos"])
-def test_detectron2s_detectors_can_be_tuned_to_other_classes(config):
-    key = "ROI_HEADS" if "rcnn" in config else "RETINANET"
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        *((name, "ROI_HEADS") for name in ("faster_rcnn", "cascade_rcnn")),
+        *((name, "RETINANET") for name in ("retinanet", "fcos")),
+        *((name, "SAMDETR") for name in ("sam_detr_plus", "sam_detr_pp_smca_dn", "smca_detr", "anchor_detr")),
+        *((name, "SAMDETR") for name in ("sparse_rcnn", "detr", "dn_detr", "deformable_detr")),
+    ],
+)
+def test_every_detector_can_be_tuned_to_other_classes(config, key):
     trained = build_model(load_experiment(config))
     model = build_model(load_experiment(config, f"MODEL.{key}.NUM_CLASSES", 3))
     check_fit("a.pth", model, trained.state_dict(), complete=False)

@@ -55,7 +55,8 @@ def test_images_without_boxes_stay(caplog):
     [
         (10, 16, 1250, (1000, 1125), (25, 250, 125, 50)),  # 2000 images
         (1, 3, 667, (534, 600), (13, 133, 67, 27)),
-        (1, 2000, 1, (1,), (1, 1, 1, 1)),
+        (1, 700, 3, (2,), (1, 1, 1, 1)),  # the second would be at the end
+        (1, 2000, 1, (), (1, 1, 1, 1)),
     ],
 )
 def test_epochs_become_iterations_of_which_all_else_keeps_its_share(epochs, batch, iterations, steps, others):

@@ -108,6 +108,7 @@ def test_a_run_ends_when_its_ap_no_longer_rises(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         run(patience=2)
     assert "Training ends after iteration 3 of 6: the last 2 evaluations have not improved" in caplog.text
+    assert "final checkpoint" not in caplog.text  # it is written for the first time, and nothing is wrong with it
     final = states(tmp_path / "stopped")
     assert final["trainer"]["iteration"] == 3
     assert torch.load(tmp_path / "stopped" / "model_best.pth", weights_only=True)["metric"] == 3.0
@@ -117,6 +118,24 @@ def test_a_run_ends_when_its_ap_no_longer_rises(tmp_path, monkeypatch, caplog):
     run(patience=0, folder="whole")
     assert_equal_states(states(tmp_path / "stopped"), states(tmp_path / "whole"))
     assert torch.load(tmp_path / "stopped" / "model_best.pth", weights_only=True)["metric"] == 9.0
+
+
+@pytest.mark.parametrize("results", [{}, {"bbox": {"AP": float("nan")}}])
+def test_evaluations_without_an_ap_do_not_end_a_run(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_evaluate", lambda trainer: results)
+    cfg = trainer_config(tmp_path, "DATASETS.TEST", ("digits_val_20",), "TEST.EVAL_PERIOD", 1, "SOLVER.PATIENCE", 1)
+    train(cfg)
+    assert states(tmp_path)["trainer"]["iteration"] == cfg.SOLVER.MAX_ITER - 1
+    assert not (tmp_path / "model_best.pth").exists()
+
+
+def test_a_step_of_the_schedule_at_the_end_or_later_is_left_out(tmp_path, caplog):
+    trainer = Trainer(
+        trainer_config(tmp_path, "SOLVER.WARMUP_ITERS", 0, "SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (4, 6, 9))
+    )
+    assert "SOLVER.STEPS is (4, 6, 9): the learning rate does not fall at SOLVER.MAX_ITER (6)" in caplog.text
+    multiplier = trainer.scheduler._multiplier
+    assert [round(multiplier(step / 6), 6) for step in (3, 4, 5)] == [1.0, 0.1, 0.1]
 
 
 def test_epochs_set_the_length_of_run_and_schedule(tmp_path):

@@ -29,6 +29,7 @@ VARIANTS = {
     "Anchor DETR": ("anchor_detr", ["MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 8]),
     "Sparse R-CNN": ("sparse_rcnn", []),
 }
+PROJECTIONS = ["query_x", "query_y", "key_x", "key_y", "value"]
 TWO_BOXES = [(10, 12, 40, 50), (30, 5, 62, 33)]
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -182,3 +183,14 @@ def test_attention_that_cannot_be_drawn_says_so(variant):
         record_attention(model),
     ):
         pass
+
+
+@pytest.mark.parametrize(("variant", "names"), [("SMCA-DETR", ["query", "key", "value"]), ("Anchor DETR", PROJECTIONS)])
+def test_cross_attention_starts_as_attention_that_holds_its_projections_as_one(variant, names):
+    """Xavier's rule then sees the output width of all of them."""
+    attention = build_model(small_config(variant)).decoder.layers[0].cross_attention
+    for name in names:
+        projection = getattr(attention, name)
+        bound = math.sqrt(6 / (32 + 32 * len(names)))
+        assert 0.95 * bound < projection.weight.abs().max() <= bound and not projection.bias.any()
+    assert attention.output.weight.abs().max() > math.sqrt(6 / 64) * 0.95

@@ -198,6 +198,26 @@ def test_weights_start_as_published(name):
         assert content.weight.std().item() == pytest.approx(math.sqrt(2 / (32 + 32)), rel=0.1)
 
 
+@pytest.mark.parametrize(("name", "attentions"), [("detr", 7), ("conditional_detr", 7), ("deformable_detr", 3)])
+def test_dropout_is_where_the_authors_have_it(name, attentions, monkeypatch):
+    """On attention's weights and inside the feed-forward layers as well; transformers has it on the encoder's input instead."""
+    model = build_model(config(name))
+    F = torch.nn.functional
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
+    of_outputs, of_weights = [], []
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: (of_outputs.append(p), dropout(x, p, training))[1])
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *tensors, dropout_p, **options: (of_weights.append(dropout_p), attention(*tensors, **options))[1],
+    )
+    model(INPUTS)
+    assert of_weights == [0.1] * attentions
+    assert of_outputs[0] == 0.0 and set(of_outputs[1:]) == {0.1}
+    # One encoder layer: what attention puts out, and twice in the feed-forward part; in each decoder layer, one attention more.
+    assert len(of_outputs) == 1 + 3 + 3 * 4
+
+
 def test_deformable_detr_starts_with_points_in_eight_directions():
     model = start("deformable_detr_pp", "MODEL.SAMDETR.NUM_HEADS", 8)
     for layer in model.network.decoder.layers:

@@ -17,6 +17,7 @@ A checkpoint is a file of ``torch.save`` with a dict of these entries, of which 
 import contextlib
 import os
 import pickle
+import re
 import zipfile
 from typing import Any
 
@@ -86,7 +87,7 @@ class Checkpoint:
                 file.seek(0)
                 entries = torch.load(file, map_location="cpu", weights_only=not allow_objects)
             except Exception as error:  # torch raises many types for damaged files
-                objects = _foreign_objects(file) if isinstance(error, pickle.UnpicklingError) else []
+                objects = _foreign_objects(file, error) if isinstance(error, pickle.UnpicklingError) else []
                 if objects:
                     raise UserError(
                         f"{name} {path} holds Python objects beside tensors ({', '.join(objects)}), and loading them can run "
@@ -273,10 +274,10 @@ def _read_safetensors(path: str, name: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _foreign_objects(file) -> list[str]:
+def _foreign_objects(file, error: pickle.UnpicklingError) -> list[str]:
     """Return the names of the Python objects that loading the file would need; empty if that is not known."""
     try:
         file.seek(0)
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # not a checkpoint at all, or one of torch's old format
-        return []
+    except Exception:  # not a checkpoint at all, or one of torch's old format: then the error names the first of them
+        return re.findall(r"Unsupported global: GLOBAL ([A-Za-z_][\w.]*)", str(error))

@@ -11,8 +11,7 @@ __all__ = ["check_fit", "class_parameters"]
 
 # Parameters whose first dimension follows from the number of classes; the last two lines are those of detectron2's detectors.
 _CLASS_PARAMETERS = re.compile(
-    r"decoder\.class_heads\.\d+\.(weight|bias)|query_generator\.label_embedding\.weight"
-    r"|class_head\.(weight|bias)"
+    r"(.+\.)?(class_head|class_heads\.\d+)\.(\d+\.)?(weight|bias)|query_generator\.label_embedding\.weight"
     r"|roi_heads\.box_predictor\.(\d+\.)?(cls_score|bbox_pred)\.(weight|bias)"
     r"|head\.cls_score\.(weight|bias)"
 )

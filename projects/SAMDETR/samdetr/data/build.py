@@ -173,7 +173,8 @@ def resolve_epochs(cfg):
     """Return a config whose lengths in iterations are those of ``cfg.SOLVER.EPOCHS``; ``cfg`` itself if that is 0.
 
     ``SOLVER.MAX_ITER`` becomes the number of steps that so many passes over ``DATASETS.TRAIN`` take, and ``STEPS``,
-    ``WARMUP_ITERS``, ``CHECKPOINT_PERIOD``, ``TEST.EVAL_PERIOD`` and ``INPUT.AUGMENTATION_OFF_ITERS`` keep their shares of it.
+    ``WARMUP_ITERS``, ``CHECKPOINT_PERIOD``, ``TEST.EVAL_PERIOD`` and ``INPUT.AUGMENTATION_OFF_ITERS`` keep their shares of it;
+    of a run of few iterations, steps that would fall on its end are left out.
 
     Raises:
         UserError: the datasets cannot be used.
@@ -186,7 +187,8 @@ def resolve_epochs(cfg):
     resolved = cfg.clone()
     resolved.defrost()
     resolved.SOLVER.MAX_ITER = iterations
-    resolved.SOLVER.STEPS = tuple(sorted({max(1, round(step * share)) for step in cfg.SOLVER.STEPS}))
+    steps = {max(1, round(step * share)) for step in cfg.SOLVER.STEPS}
+    resolved.SOLVER.STEPS = tuple(sorted(step for step in steps if step < iterations))
     for node, key in (
         (resolved.SOLVER, "WARMUP_ITERS"),
         (resolved.SOLVER, "CHECKPOINT_PERIOD"),

@@ -45,12 +45,13 @@ class KeepBest(HookBase):
         self.period = period
         self.metric = metric
         self.best = -math.inf
-        self.without_gain = 0  # evaluations since the best one
+        self.without_gain = 0  # evaluations that have found an AP, since the best one
+        self._seen = -1  # iteration of the last such evaluation
 
     def before_train(self):
         earlier = [line[self.metric] for _, line in sorted(self.trainer.earlier_metrics.items()) if self.metric in line]
         best = -math.inf
-        for value in earlier:
+        for value in filter(math.isfinite, earlier):
             self.without_gain = 0 if value > best else self.without_gain + 1
             best = max(best, value)
         path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
@@ -92,8 +93,11 @@ class KeepBest(HookBase):
 
     def _keep(self):
         value, iteration = self.trainer.storage.latest().get(self.metric, (math.nan, -1))
+        if not math.isfinite(value) or iteration == self._seen:  # this evaluation has found no AP
+            return
+        self._seen = iteration
         self.without_gain += 1
-        if value > self.best:  # never true of NaN
+        if value > self.best:
             self.best, self.without_gain = value, 0
             self.checkpointer.save("model_best", iteration=iteration, metric=value, tag=False)
             logger.info("Best %s so far, %.2f at iteration %d: kept in model_best.pth.", self.metric, value, iteration)
@@ -384,6 +388,21 @@ class Trainer(DefaultTrainer):
         )
         raise StopRequested(number)
 
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        """Build detectron2's scheduler, without the ``SOLVER.STEPS`` that come too late to have an effect."""
+        # detectron2 leaves out steps after MAX_ITER, but one at MAX_ITER ends in an error.
+        steps = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
+        if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and steps != tuple(cfg.SOLVER.STEPS):
+            logger.warning(
+                "SOLVER.STEPS is %s: the learning rate does not fall at SOLVER.MAX_ITER (%d) or after it.",
+                *(tuple(cfg.SOLVER.STEPS), cfg.SOLVER.MAX_ITER),
+            )
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.STEPS = steps
+        return super().build_lr_scheduler(cfg, optimizer)
+
     def train(self):
         """Train from ``start_iter`` to ``max_iter``; return the results of the last evaluation, if there was one.
 
@@ -416,12 +435,13 @@ class Trainer(DefaultTrainer):
         """Write ``model_final.pth`` for a run that ends early, or was complete when it was resumed, if it has no good one."""
         if not comm.is_main_process():
             return
-        try:
-            final = Checkpoint.read(os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth"), name="The final checkpoint")
-            good = final.iteration is not None and final.iteration >= self.max_iter - 1
-        except UserError as error:
-            logger.warning("%s It is written again.", error)
-            good = False
+        path, good = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth"), False
+        if os.path.exists(path):
+            try:
+                final = Checkpoint.read(path, name="The final checkpoint")
+                good = final.iteration is not None and final.iteration >= self.max_iter - 1
+            except UserError as error:
+                logger.warning("%s It is written again.", error)
         if not good:
             self.checkpointer.save("model_final", iteration=self.max_iter - 1)
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-__all__ = ["MLP", "FeedForward", "start_heads_", "xavier_uniform_matrices_"]
+__all__ = ["MLP", "FeedForward", "start_heads_", "start_projections_", "xavier_uniform_matrices_"]
 
 
 def xavier_uniform_matrices_(module: nn.Module) -> None:
@@ -13,6 +13,16 @@ def xavier_uniform_matrices_(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
+
+
+def start_projections_(*projections: nn.Linear) -> None:
+    """Initialise an attention's projections as if their matrices were one, which Xavier's rule then takes for a wider layer.
+
+    torch.nn.MultiheadAttention, which most authors of DETRs use or start from, holds queries', keys' and values' in this way.
+    """
+    for projection in projections:
+        nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(2 / (1 + len(projections))))
+        nn.init.zeros_(projection.bias)
 
 
 def start_heads_(class_head: nn.Linear, box_head: "MLP", prior_prob: float) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ...errors import UserError
 from ...ops.runtime import run_layer
-from ..layers import MLP, FeedForward, start_heads_, xavier_uniform_matrices_
+from ..layers import MLP, FeedForward, start_heads_, start_projections_, xavier_uniform_matrices_
 from ..levels import replace_features
 from ..meta_arch import SAMDETR
 from ..position_encoding import coordinate_embedding, sine_embedding
@@ -125,9 +125,9 @@ class RowColumnAttention(nn.Module):
         self.key_y = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
-        xavier_uniform_matrices_(self)
-        for linear in self.children():
-            nn.init.zeros_(linear.bias)
+        start_projections_(self.query_x, self.query_y, self.key_x, self.key_y, self.value)
+        nn.init.xavier_uniform_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
 
     def forward(self, query_x: Tensor, query_y: Tensor, level: FeatureLevel, x: Tensor, y: Tensor) -> Tensor:
         """Attend.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ...ops.runtime import run_layer
 from ..feature_projection import FeatureProjection
-from ..layers import MLP, start_heads_, xavier_uniform_matrices_
+from ..layers import MLP, start_heads_, start_projections_, xavier_uniform_matrices_
 from ..levels import flatten_levels, replace_features
 from ..meta_arch import SAMDETR
 from ..structures import FeatureLevel, ImageTarget, Predictions, QueryBatch
@@ -214,8 +214,8 @@ class SpatiallyModulatedAttention(nn.Module):
         self.scales = nn.Linear(dim, 2 * num_heads)
         self.level_logits = nn.Linear(dim, num_levels) if num_levels > 1 else None
         xavier_uniform_matrices_(self)
-        for linear in (self.query, self.key, self.value, self.output):
-            nn.init.zeros_(linear.bias)
+        start_projections_(self.query, self.key, self.value)
+        nn.init.zeros_(self.output.bias)
         for linear in (self.offsets, self.scales):  # queries differ in their centres alone
             nn.init.zeros_(linear.weight)
         nn.init.uniform_(self.offsets.bias, -_SPREAD, _SPREAD)

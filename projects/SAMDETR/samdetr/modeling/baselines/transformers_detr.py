@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ...errors import import_extra
 from ...ops.runtime import upload
 from ..feature_projection import make_padding_mask
-from ..layers import MLP, start_heads_, xavier_uniform_matrices_
+from ..layers import MLP, start_heads_, start_projections_, xavier_uniform_matrices_
 from ..meta_arch import SetDetector, used_features
 from ..query_generator import DenoisingQueryGenerator
 from ..structures import ImageTarget, Predictions, QueryBatch
@@ -78,7 +78,8 @@ def build_network(
         dim, num_heads, num_queries: width C, attention heads and queries Q.
         num_encoder_layers, num_decoder_layers, encoder_feedforward_dim, decoder_feedforward_dim: of both transformers.
         encoder_points, decoder_points: of Deformable DETR, the points that each head samples in each level.
-        dropout: probability.
+        dropout: probability, for what attention and feed-forward layers put out, for attention's weights, and inside the
+            feed-forward layers.
 
     Raises:
         UserError: ``transformers`` is not installed.
@@ -103,6 +104,8 @@ def build_network(
         "decoder_attention_heads": num_heads,
         "hidden_size" if detector == "dab_detr" else "d_model": dim,
         "dropout": dropout,
+        "attention_dropout": dropout,
+        "activation_dropout": dropout,
     }
     if detector == "deformable_detr":
         options |= {
@@ -115,6 +118,8 @@ def build_network(
         warnings.filterwarnings("ignore", message="You'd better set embed_dim")  # for kernels that are not used here
         network = getattr(transformers, f"{prefix}Model")(getattr(transformers, f"{prefix}Config")(**options))
     _set_conv_encoder(network, None)
+    if detector != "dab_detr":
+        network.encoder.dropout = 0.0  # of the encoder's input, which the authors leave whole
     if detector == "deformable_detr":
         for projection, number in zip(network.input_proj, [*channels, channels[-1]]):
             conv = projection[0]
@@ -149,10 +154,7 @@ def start_as_published_(network: nn.Module) -> None:
             if hasattr(module, "sampling_offsets"):
                 _start_deformable_attention_(module)
             elif hasattr(module, "q_proj"):
-                # The authors use torch.nn.MultiheadAttention, which holds these three matrices as one, also for Xavier's rule.
-                for linear in (module.q_proj, module.k_proj, module.v_proj):
-                    nn.init.xavier_uniform_(linear.weight, gain=math.sqrt(0.5))
-                    nn.init.zeros_(linear.bias)
+                start_projections_(module.q_proj, module.k_proj, module.v_proj)
             for name in ("o_proj", "out_proj", "output_proj"):
                 if hasattr(module, name):
                     nn.init.zeros_(getattr(module, name).bias)
