@@ -269,3 +269,42 @@ def test_a_shortest_side_of_zero_keeps_the_size(checkpoint):
         "channel_order": "RGB",
     }
     assert np.array_equal(prepare(Image.fromarray(image), size), image.transpose(2, 0, 1)[None])
+
+
+def with_entries(checkpoint, tmp_path, **entries):
+    """A copy of a checkpoint with other entries."""
+    data = {**torch.load(checkpoint[0], weights_only=True), **entries}
+    torch.save(data, tmp_path / "changed.pth")
+    return tmp_path / "changed.pth"
+
+
+def test_a_config_replaces_one_of_another_version(checkpoint, tmp_path):
+    path = with_entries(checkpoint, tmp_path, config="MODEL:\n  OLD_KEY: 1\n")
+    with pytest.raises(
+        UserError, match=r"carries a config of another version of this project .*name a config file that fits"
+    ):
+        samdetr.load(path, device="cpu")
+    (tmp_path / "new.yaml").write_text(checkpoint[2].dump())
+    assert len(samdetr.load(path, config_file=tmp_path / "new.yaml", device="cpu")(photo())) == 15
+
+
+def test_category_ids_of_the_dataset_are_matched_by_name(checkpoint, tmp_path):
+    names = [str(digit) for digit in range(10)]
+    other = with_entries(checkpoint, tmp_path, class_names=names[::-1], category_ids=None)
+    assert samdetr.load(other, device="cpu").category_ids == list(
+        range(10, 0, -1)
+    )  # those of the embedded dataset: 1 to 10
+    unknown = with_entries(checkpoint, tmp_path, class_names=[f"a {name}" for name in names], category_ids=None)
+    assert samdetr.load(unknown, device="cpu").category_ids == list(range(10))
+
+
+def test_a_name_that_detectron2_takes_for_something_else(checkpoint, tmp_path):
+    odd = tmp_path / "what?.pth"
+    odd.write_bytes(checkpoint[0].read_bytes())
+    with pytest.raises(UserError, match=r"what\?\.pth: detectron2 takes .* Rename the file"):
+        samdetr.load(odd, device="cpu")
+
+
+def test_files_may_come_from_an_iterator(tmp_path):
+    (tmp_path / "a.png").touch()
+    assert list_images(iter([tmp_path]), {".png"}) == [tmp_path / "a.png"]

@@ -181,6 +181,9 @@ def test_earlier_checkpoints_are_not_overwritten(run_folder, tmp_path):
         (["--config-file", "nowhere.yaml"], "error: --config-file: nowhere.yaml: there is no such file"),
         (["MODEL.SAMDETR.NUM_QUERIE", 80], "Did you mean 'MODEL.SAMDETR.NUM_QUERIES'?"),
         (["--dist-url", "junk"], "--dist-url is 'junk': give tcp://HOST:PORT or file:///PATH"),
+        (["--num-machines", 2, "--machine-rank", 2], "--machine-rank is 2: with --num-machines 2, ranks are 0 to 1"),
+        (["--num-machines", 0], "--num-machines 1 or more"),
+        (["--eval-only", "OUTPUT_DIR", "/proc/no"], "OUTPUT_DIR /proc/no cannot be written to"),
         (["--eval-only", "--resume"], "--resume goes on training: to evaluate, leave it out, and name the checkpoint"),
         (["SOLVER.MAX_ITER", 3, "--resume"], "'--resume' belongs before the pairs of KEY and VALUE"),
         (
@@ -191,7 +194,8 @@ def test_earlier_checkpoints_are_not_overwritten(run_folder, tmp_path):
     ],
 )
 def test_mistakes_end_in_one_line(arguments, message, tmp_path):
-    result = train_net(*arguments, "OUTPUT_DIR", tmp_path)
+    own = [] if "OUTPUT_DIR" in arguments else ["OUTPUT_DIR", tmp_path]
+    result = train_net(*arguments, *own)
     assert result.returncode == 1
     assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 

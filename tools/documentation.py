@@ -127,8 +127,8 @@ def keys_page() -> str:
     from samdetr import limits, load_config
 
     defaults = load_config(None)
-    ranges = {**limits.MODEL_RANGES, **limits.INFERENCE_RANGES, **limits.TRAINING_RANGES}
-    choices = {**limits.MODEL_CHOICES, **limits.RUN_CHOICES}
+    ranges = {**limits.SET_DETECTOR_RANGES, **limits.COMMON_RANGES, **limits.TRAINING_RANGES}
+    choices = {**limits.COMMON_CHOICES, **limits.RUN_CHOICES}
     sections: dict[str, list[str]] = {}
     for comment, keys in read_keys((ROOT / PACKAGE / "config.py").read_text("utf-8")):
         lines = sections.setdefault(section_of(keys[0]), [])

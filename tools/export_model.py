@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Export a trained model to ONNX or torch.export: the command ``samdetr export``.
+"""Export a trained model to ONNX, OpenVINO or torch.export: the command ``samdetr export``.
 
 tools/export_model.py --weights output/demo/model_final.pth --output model.onnx
 """

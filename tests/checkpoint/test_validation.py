@@ -26,6 +26,15 @@ def test_every_detector_can_be_tuned_to_other_classes(config, key):
         check_fit("a.pth", model, trained.state_dict(), complete=True)
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_weights_that_are_not_finite_are_refused(complete):
+    model = tiny_model()
+    weights = model.state_dict()
+    weights["decoder.class_heads.0.weight"][0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"w\.pth has values that are not finite in decoder\.class_heads\.0\.weight"):
+        check_fit("w.pth", model, weights, complete=complete)
+
+
 def test_checkpoints_of_another_architecture():
     model = tiny_model()
     other = tiny_model("MODEL.SAMDETR.HIDDEN_DIM", 16).state_dict()

@@ -47,12 +47,12 @@ def first(mutate):
 # Accepted: what the log says of it, if anything. All eight boxes are there.
 ACCEPTED = {
     "good": (lambda data: None, ""),
-    "annotation ids from 0": (put("annotations", "id", lambda entry: entry["id"] - 1), "numbered anew"),
-    "annotation ids are texts": (put("annotations", "id", lambda e: f"0000{e['id']}-ab"), "numbered anew"),
-    "annotation ids are doubles": (put("annotations", "id", lambda e: float(e["id"])), "numbered anew"),
-    "annotation ids beyond 64 bits": (put("annotations", "id", lambda e: e["id"] + 2**70), "numbered anew"),
-    "annotation ids missing": (drop("annotations", "id"), "numbered anew"),
-    "annotation ids duplicated": (put("annotations", "id", 1), "numbered anew"),
+    "annotation ids from 0": (put("annotations", "id", lambda entry: entry["id"] - 1), "numbered again"),
+    "annotation ids are texts": (put("annotations", "id", lambda e: f"0000{e['id']}-ab"), "numbered again"),
+    "annotation ids are doubles": (put("annotations", "id", lambda e: float(e["id"])), "numbered again"),
+    "annotation ids beyond 64 bits": (put("annotations", "id", lambda e: e["id"] + 2**70), "numbered again"),
+    "annotation ids missing": (drop("annotations", "id"), "numbered again"),
+    "annotation ids duplicated": (put("annotations", "id", 1), "numbered again"),
     "polygons of two points": (put("annotations", "segmentation", [[5, 5, 30, 30]]), ""),
     "polygons that are flat lists": (put("annotations", "segmentation", [5, 33, 32, 33, 32, 60]), ""),
     "boxes of text": (put("annotations", "bbox", lambda e: [str(v) for v in e["bbox"]]), "written as text: 32"),

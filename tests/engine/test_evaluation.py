@@ -13,7 +13,9 @@ from PIL import Image
 
 from helpers import tiny_config
 from samdetr.analysis import confusion_matrix, read_results
-from samdetr.data import register_datasets
+from samdetr.checkpoint import describe_run
+from samdetr.data import load_records, register_datasets
+from samdetr.data.datasets import class_names_of
 from samdetr.engine.evaluation import build_evaluator, evaluate_images, f1, write_results
 
 
@@ -158,6 +160,26 @@ def test_evaluated_images_come_back_in_cocos_format_with_the_datasets_ids(regist
     )
     for label, class_name in enumerate(("red", "green")):
         assert evaluation.class_ap[label, 0] == pytest.approx(evaluation.results[f"AP-{class_name}"], nan_ok=True)
+
+
+def test_class_names_with_odd_white_space_are_those_of_the_model(shapes_root, tmp_path):
+    """A dataset that detectron2 has loaded and named first, and one that a function makes."""
+    register_coco_instances("odd_names", {}, str(shapes_root / "annotations.json"), str(shapes_root))
+    DatasetCatalog.register("made_with_odd_names", lambda: load_records("odd_names"))
+    try:
+        for name in ("odd_names", "made_with_odd_names"):
+            MetadataCatalog.get(name).thing_classes = ["green ", " red\n"]
+            assert class_names_of(name) == ["green", "red"]
+            names = describe_run(tiny_config("DATASETS.TRAIN", (name,), "MODEL.SAMDETR.NUM_CLASSES", 2))["class_names"]
+            assert names == ["green", "red"]
+            assert [r["annotations"] for r in load_records(name, names)] == [
+                r["annotations"] for r in load_records(name)
+            ]
+            build_evaluator(tiny_config(), name, str(tmp_path)).use_classes(names)  # otherwise an error
+    finally:
+        for name in ("odd_names", "made_with_odd_names"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
 
 
 @pytest.mark.parametrize("key", ["VOC_FORMAT", "YOLO_FORMAT"])

@@ -79,8 +79,14 @@ def test_lines_of_one_iteration_are_merged(tmp_path):
 
 
 def test_a_new_run_leaves_an_earlier_ones_metrics_under_another_name(tmp_path):
+    names = ["metrics.json", "tracking.json", "events.out.tfevents.17.host.1"]
+    (tmp_path / "log.txt").touch()
     for number in (1, 2):
-        (tmp_path / "metrics.json").write_text(f"run {number}")
+        for name in names:
+            (tmp_path / name).write_text(f"run {number}")
         set_metrics_aside(str(tmp_path))
-    assert not (tmp_path / "metrics.json").exists()
-    assert [(tmp_path / f"metrics_earlier_{number}.json").read_text() for number in (1, 2)] == ["run 1", "run 2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier_1", "earlier_2", "log.txt"]
+    for number in (1, 2):
+        found = {path.name: path.read_text() for path in (tmp_path / f"earlier_{number}").iterdir()}
+        assert found == dict.fromkeys(names, f"run {number}")
+    set_metrics_aside(str(tmp_path / "none"))

@@ -129,6 +129,39 @@ def test_evaluations_without_an_ap_do_not_end_a_run(results, tmp_path, monkeypat
     assert not (tmp_path / "model_best.pth").exists()
 
 
+def test_an_error_in_the_last_step_is_not_kept_waiting_by_the_final_evaluation(tmp_path, monkeypatch):
+    """Other processes would wait in the step, and this one in the evaluation."""
+    monkeypatch.setattr(Trainer, "_evaluate", lambda trainer: pytest.fail("evaluated"))
+    options = ["DATASETS.TEST", ("digits_val_20",), "TEST.EVAL_PERIOD", 100]
+    trainer = start(trainer_config(tmp_path, *options))
+    run_step = trainer.run_step
+
+    def fail():
+        if trainer.iter == trainer.max_iter - 1:
+            raise UserError("an image is unreadable")
+        run_step()
+
+    monkeypatch.setattr(trainer, "run_step", fail)
+    with pytest.raises(UserError, match="unreadable"):
+        trainer.train()
+
+
+def test_patience_counts_evaluations_on_the_same_data_however_often_a_run_is_resumed(tmp_path, monkeypatch):
+    scores = iter([80.0, 81.0, 82.0, 30.0, 31.0, 32.0, 33.0, 34.0])
+    monkeypatch.setattr(Trainer, "_evaluate", lambda trainer: {"bbox": {"AP": next(scores)}})
+    options = ["TEST.EVAL_PERIOD", 1, "SOLVER.PATIENCE", 2, "SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 1]
+    for end, dataset in ((3, "digits_val_20"), (6, "digits_val"), (8, "digits_val")):
+        cfg = trainer_config(tmp_path, *options, "DATASETS.TEST", (dataset,))
+        stopped = start(cfg, resume=end > 3)
+        stopped.cfg.defrost()
+        train_until(stopped, end)
+        for name in ("model_final.pth",):
+            if end < 8:
+                (tmp_path / name).unlink(missing_ok=True)
+                (tmp_path / "last_checkpoint").write_text(f"model_{end - 1:07d}.pth")
+    assert states(tmp_path)["trainer"]["iteration"] == 7
+
+
 def test_a_step_of_the_schedule_at_the_end_or_later_is_left_out(tmp_path, caplog):
     trainer = Trainer(
         trainer_config(tmp_path, "SOLVER.WARMUP_ITERS", 0, "SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (4, 6, 9))

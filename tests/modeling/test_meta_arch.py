@@ -208,6 +208,7 @@ def test_identity_aligner_by_config():
 def test_dense_encoder_with_several_levels():
     model = tiny_model(*MULTI_SCALE, "MODEL.SAMDETR.ENCODER.NAME", "TransformerEncoder")
     sum(model([make_input(64, 64, TWO_BOXES, [0, 2]), make_input(64, 48)]).values()).backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.encoder.parameters() if p.dim() > 1)
 
 
 def resnet_options(depth, features):

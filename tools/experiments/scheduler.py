@@ -55,7 +55,7 @@ def keep_config(cfg, folder: Path) -> None:
 def time_steps(experiment: Experiment, output: Path, only: list[str], threads: int) -> None:
     """Measure the seconds per step of each run, one after the other, and write them to OUTPUT/step_times.json.
 
-    The first 60 steps are made anew. detectron2 logs the median of each 20; the smallest counts, also of several calls.
+    The first 60 steps are made again. detectron2 logs the median of each 20; the smallest counts, also of several calls.
     """
     step_times = read_step_times(output)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

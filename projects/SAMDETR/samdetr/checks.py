@@ -18,10 +18,10 @@ from .data import class_names_of, match_classes, read_dataset
 from .data.digits import DIGITS_DATASETS
 from .errors import UserError, did_you_mean
 from .limits import (
-    INFERENCE_RANGES,
-    MODEL_CHOICES,
-    MODEL_RANGES,
+    COMMON_CHOICES,
+    COMMON_RANGES,
     RUN_CHOICES,
+    SET_DETECTOR_RANGES,
     SET_DETECTORS,
     TRAINING_RANGES,
     UNSUPPORTED,
@@ -93,9 +93,9 @@ def check_model(cfg: CfgNode) -> None:
     _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
     if cfg.MODEL.META_ARCHITECTURE in SET_DETECTORS:
-        _check_model(cfg)
-    _check_choices(cfg, MODEL_CHOICES)
-    _check_ranges(cfg, INFERENCE_RANGES)
+        _check_set_detector(cfg)
+    _check_choices(cfg, COMMON_CHOICES)
+    _check_ranges(cfg, COMMON_RANGES)
     if cfg.MODEL.META_ARCHITECTURE == "TransformersDETR":
         _check_transformers(cfg)
 
@@ -242,11 +242,16 @@ def _check_input(cfg: CfgNode) -> None:
         raise UserError("TEST.EXPECTED_RESULTS is set, but DATASETS.TEST is empty: name a dataset to evaluate on.")
     for entry in cfg.TEST.EXPECTED_RESULTS:
         formed = isinstance(entry, (list, tuple)) and len(entry) == 4
-        if not formed or not all(isinstance(value, (int, float)) for value in entry[2:]):
-            raise UserError(f"TEST.EXPECTED_RESULTS has the entry {entry!r}: each is [task, metric, value, tolerance].")
+        if not formed or not all(isinstance(value, (int, float)) for value in entry[2:]) or entry[0] != "bbox":
+            raise UserError(
+                f"TEST.EXPECTED_RESULTS has the entry {entry!r}: each is ['bbox', metric, value, tolerance], such as "
+                "['bbox', 'AP', 40.0, 0.5]."
+            )
+    if cfg.TEST.EXPECTED_RESULTS and len(cfg.DATASETS.TEST) > 1:
+        raise UserError("TEST.EXPECTED_RESULTS is for one dataset, but DATASETS.TEST names several: name one of them.")
 
 
-def _check_model(cfg: CfgNode) -> None:
+def _check_set_detector(cfg: CfgNode) -> None:
     node = cfg.MODEL.SAMDETR
     for key, registry in (
         ("ENCODER", ENCODER_REGISTRY),
@@ -255,7 +260,7 @@ def _check_model(cfg: CfgNode) -> None:
         ("CROSS_ATTENTION", CROSS_ATTENTION_REGISTRY),
     ):
         _check_name(f"MODEL.SAMDETR.{key}.NAME", node[key].NAME, registry)
-    _check_ranges(cfg, MODEL_RANGES)
+    _check_ranges(cfg, SET_DETECTOR_RANGES)
     for key, divisor_key in (
         ("HIDDEN_DIM", "NUM_HEADS"),
         ("HIDDEN_DIM", "PROJECTION_NUM_GROUPS"),
@@ -284,6 +289,8 @@ def _check_model(cfg: CfgNode) -> None:
             )
     if not any(node.MATCHER.values()):
         raise UserError("All weights in MODEL.SAMDETR.MATCHER are 0, so that nothing is matched: raise one of them.")
+    if not any(node.LOSS[key] for key in ("CLASS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT")):
+        raise UserError("All weights in MODEL.SAMDETR.LOSS are 0, so that nothing is learned: raise one of them.")
     for key in ("MODEL.SAMDETR.IN_FEATURES", "MODEL.RESNETS.OUT_FEATURES"):
         if not value_of(cfg, key):
             raise UserError(f"{key} is empty: name outputs of the backbone, such as 'res5'.")

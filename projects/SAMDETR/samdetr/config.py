@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,8 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
-from .data.images import DEFAULT_MAX_PIXELS
 from .errors import UserError, did_you_mean
-from .limits import SET_DETECTORS, value_of
+from .limits import DEFAULT_MAX_PIXELS, SET_DETECTORS, value_of
 
 __all__ = [
     "add_samdetr_config",
@@ -133,6 +133,18 @@ def _reader(path: str) -> type[CfgNode]:
     return Reader
 
 
+_TYPE_MISMATCH = r"Type mismatch \(<class '(?:\w+\.)*(\w+)'> vs\. <class '(?:\w+\.)*(\w+)'>\).* for config key: (\S+)"
+_BY_TYPE = {
+    "bool": "True or False",
+    "int": "a whole number, such as 1",
+    "float": "a number with a point, such as 1.0",
+    "str": "a text",
+    "tuple": "a tuple, such as (1, 2) or ('a',)",
+    "list": "a list, such as [1, 2] or ['a']",
+    "CfgNode": "a section of keys",
+}
+
+
 def _merge(cfg: CfgNode, source: str, merge, values) -> None:
     """Call ``merge(values)``; turn yacs' errors into ones that name the source, the key and the nearest existing key."""
     where = f"{source}: " if source else ""
@@ -146,7 +158,11 @@ def _merge(cfg: CfgNode, source: str, merge, values) -> None:
             raise UserError(f"{where}{message}") from error
         raise UserError(f"{where}there is no config key {key}.{did_you_mean(key, _all_keys(cfg))}") from error
     except Exception as error:  # yacs' errors have no common base
-        raise UserError(f"{where}{type(error).__name__}: {error}") from error
+        mismatch = re.match(_TYPE_MISMATCH, str(error), re.DOTALL)
+        if mismatch is None:
+            raise UserError(f"{where}{type(error).__name__}: {error}") from error
+        wanted, given, key = mismatch.groups()
+        raise UserError(f"{where}{key} is of type {given}: it must be {_BY_TYPE.get(wanted, wanted)}.") from error
     # Keys without a value, which YAML reads as None, and yacs takes for a value of any type.
     emptied = _empty_keys(cfg) - empty_before
     if emptied:
@@ -182,7 +198,7 @@ def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
 
 
 def add_samdetr_config(cfg: CfgNode) -> None:
-    """Add the ``MODEL.SAMDETR`` node and a few solver and input keys, with the published defaults.
+    """Add this project's keys, with the published defaults: ``MODEL.SAMDETR``, and others of models, data, solver and runs.
 
     Args:
         cfg: detectron2's config, changed in place.
@@ -211,8 +227,8 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # Recompute each encoder and decoder layer in the backward pass instead of keeping its activations.
     node.ACTIVATION_CHECKPOINTING = False
 
-    # Kernels of deformable sampling and of the decoder's attention to pixels: "torch" or, on CUDA, "triton", which no GPU has
-    # measured yet.
+    # Kernels of deformable sampling and of the decoder's attention to pixels: "torch" or, on CUDA, "triton"
+    # (experimental: tested in Triton's interpreter only).
     node.KERNELS = "torch"
 
     node.ENCODER = CfgNode()
@@ -356,14 +372,15 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA.DECAY = 0.9998
     # End training when this many evaluations in a row (TEST.EVAL_PERIOD) have not improved the best AP; 0: never.
     cfg.SOLVER.PATIENCE = 0
+    # What to do when a loss or gradient is not finite: "stop" training, or "skip" the step (and stop after 100 in a row).
+    cfg.SOLVER.NON_FINITE = "stop"
+
     # Show runs in Weights & Biases or MLflow, beside metrics.json and TensorBoard: names of a project or experiment, "" for
     # none, and of the run (by default its OUTPUT_DIR's). Everything else is said by their own variables (WANDB_MODE, ...).
     cfg.TRACKING = CfgNode()
     cfg.TRACKING.WANDB_PROJECT = ""
     cfg.TRACKING.MLFLOW_EXPERIMENT = ""
     cfg.TRACKING.RUN_NAME = ""
-    # What to do when a loss or gradient is not finite: "stop" training, or "skip" the step (and stop after 100 in a row).
-    cfg.SOLVER.NON_FINITE = "stop"
 
     # Images per batch in evaluation, on each process. With more than one, smaller images are padded, and the backbone's
     # response at the padded border changes results slightly (docs/training.md).

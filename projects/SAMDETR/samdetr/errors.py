@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
-__all__ = ["UserError", "did_you_mean", "import_extra", "one_line"]
+__all__ = ["UserError", "did_you_mean", "import_extra", "one_line", "one_line_each"]
 
 
 def one_line(text: object) -> str:
@@ -18,6 +18,11 @@ def one_line(text: object) -> str:
         c if c.isprintable() or c.isspace() or c in joiners else "\N{REPLACEMENT CHARACTER}" for c in str(text)
     ).split()
     return " ".join(words)
+
+
+def one_line_each(names: Iterable[object]) -> list[str]:
+    """Return classes' names as this project compares and writes them; a dataset's own may have line breaks or end in spaces."""
+    return [one_line(name) for name in names]
 
 
 class UserError(ValueError):

@@ -7,11 +7,12 @@ from typing import Any
 from detectron2.config import CfgNode
 
 __all__ = [
-    "INFERENCE_RANGES",
-    "MODEL_CHOICES",
-    "MODEL_RANGES",
+    "COMMON_CHOICES",
+    "COMMON_RANGES",
+    "DEFAULT_MAX_PIXELS",
     "RUN_CHOICES",
     "SET_DETECTORS",
+    "SET_DETECTOR_RANGES",
     "TRAINING_RANGES",
     "UNSUPPORTED",
     "UNSUPPORTED_BY_BASELINES",
@@ -20,6 +21,10 @@ __all__ = [
     "Range",
     "value_of",
 ]
+
+
+# Of an image; a larger one is taken for a decompression bomb. Pillow's own limit.
+DEFAULT_MAX_PIXELS = 2 * 1024**3 // 4 // 3
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ _POSITIVE = Range(0, above=True)
 _SHARE = Range(0, 1)
 _CHANNELS = Range(1, 16384)
 # The upper limits of sizes are far beyond what anybody trains; they tell a slip, or a damaged file, from a wish.
-MODEL_RANGES = {
+SET_DETECTOR_RANGES = {
     f"MODEL.SAMDETR.{key}": limits
     for key, limits in {
         "NUM_CLASSES": Range(1, 100_000),
@@ -91,7 +96,7 @@ MODEL_RANGES = {
         "LOSS.FOCAL_GAMMA": Range(0, 100),
     }.items()
 }
-INFERENCE_RANGES = {
+COMMON_RANGES = {
     "MODEL.TRANSFORMERS.NUM_LEVELS": Range(1, 16),
     "MODEL.TRANSFORMERS.DROPOUT": _SHARE,
     "MODEL.PIXEL_MEAN": Range(-1e6, 1e6),
@@ -145,7 +150,7 @@ TRAINING_RANGES = {
     "SOLVER.EMA.DECAY": Range(0, 1 - 1e-9),
     "TEST.EVAL_PERIOD": Range(0),
 }
-MODEL_CHOICES = {
+COMMON_CHOICES = {
     "MODEL.SAMDETR.KERNELS": ("torch", "triton"),
     "MODEL.TRANSFORMERS.DETECTOR": ("detr", "conditional_detr", "dab_detr", "deformable_detr"),
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),

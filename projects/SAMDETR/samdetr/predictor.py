@@ -22,9 +22,9 @@ from detectron2.utils.file_io import PathManager
 from .checkpoint import CheckedCheckpointer, Checkpoint, check_fit
 from .checks import check_model
 from .config import load_config, merge_options
-from .data import register_datasets
+from .data import match_classes, register_datasets
 from .data.images import ImageSource, check_regular_file, read_image
-from .errors import UserError, one_line
+from .errors import UserError, one_line, one_line_each
 from .limits import SET_DETECTORS
 from .modeling.build import build_detector
 from .solver import autocast
@@ -67,7 +67,7 @@ class Predictor:
                 f"There are {len(category_ids)} category ids for a model of {number} classes: it is damaged."
             )
         self.knows_classes = class_names is not None
-        self.class_names = [one_line(name) for name in class_names or [f"class {i}" for i in range(number)]]
+        self.class_names = one_line_each(class_names or [f"class {i}" for i in range(number)])
         self.category_ids = list(category_ids or range(number))
 
     def __call__(self, images: ImageSource | Iterable[ImageSource], batch_size: int = 1) -> Instances | list[Instances]:
@@ -95,11 +95,14 @@ class Predictor:
         images = list(images)
         results = []
         for start in range(0, len(images), batch_size):
-            pixels = [read_image(image, self.cfg.INPUT.MAX_PIXELS) for image in images[start : start + batch_size]]
-            batch = [self.prepare(image) for image in pixels]
+            batch = [self.prepare(self.read(image)) for image in images[start : start + batch_size]]
             with torch.no_grad(), autocast(self.cfg, self.model.device):
                 results += [output["instances"].to("cpu") for output in self.model(batch)]
         return results
+
+    def read(self, image: ImageSource) -> np.ndarray:
+        """Read an image of at most ``INPUT.MAX_PIXELS`` as (H, W, 3) uint8, RGB; see :func:`samdetr.data.images.read_image`."""
+        return read_image(image, self.cfg.INPUT.MAX_PIXELS)
 
     def prepare(self, image: np.ndarray) -> dict[str, Any]:
         """Turn an image (H, W, 3) uint8, RGB, into detectron2's model input."""
@@ -152,8 +155,8 @@ def load(
         path = _download(source) if "://" in source else source
         with _mistakes_in("source"):
             checkpoint = Checkpoint.read_local(path, name="checkpoint")
-        carried = checkpoint.config() if checkpoint else None
-        cfg = load_config(config_file) if config_file is not None else carried
+        carried = checkpoint.config() if checkpoint and config_file is None else None
+        cfg = carried if config_file is None else load_config(config_file)
         if cfg is None:
             raise UserError(
                 f"{source} carries no config: name the one that it was trained with.", argument="config_file"
@@ -177,8 +180,11 @@ def load(
     CheckedCheckpointer(model, complete=True, use_average=use_average).load(checkpoint or cfg.MODEL.WEIGHTS)
     names, ids = (checkpoint.class_names, checkpoint.category_ids) if checkpoint is not None else (None, None)
     if names is None or ids is None:
-        of_dataset = _classes_of_dataset(cfg)
-        names, ids = names or of_dataset[0], ids or of_dataset[1]
+        of_dataset, its_ids = _classes_of_dataset(cfg)
+        if names is None:
+            names, ids = of_dataset, ids or its_ids
+        elif of_dataset and its_ids and sorted(of_dataset) == sorted(names):
+            ids = [its_ids[index] for index in match_classes(names, of_dataset)]
     return Predictor(cfg, model, class_names or names, ids)
 
 
@@ -248,7 +254,7 @@ def _classes_of_dataset(cfg: CfgNode) -> tuple[list[str] | None, list[int] | Non
             names = metadata.get("thing_classes")
             if names is not None and len(names) == cfg.MODEL.SAMDETR.NUM_CLASSES:
                 ids = metadata.get("thing_dataset_id_to_contiguous_id")
-                return list(names), sorted(ids, key=ids.get) if ids else None
+                return one_line_each(names), sorted(ids, key=ids.get) if ids else None
     return None, None
 
 
@@ -261,6 +267,7 @@ def list_images(paths: Iterable[str | os.PathLike], suffixes: Iterable[str]) -> 
         UserError: a path does not exist or cannot be read as a file, or a folder holds no such file.
     """
     files: list[Path] = []
+    paths = list(paths)
     if any(not os.fspath(path) for path in paths):
         raise UserError("A path is empty: name a file or a folder.", argument="input")
     for path in map(Path, paths):

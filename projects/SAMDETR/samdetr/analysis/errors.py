@@ -57,26 +57,47 @@ def split_errors(results: DetectionResults, foreground: float = 0.5, background:
     about = matches.objects.copy()
     for detections, objects, iou in overlaps(results):
         wrong = kinds[detections] == ""
-        detections, objects, iou = detections[wrong], np.append(objects, -1), np.pad(iou[wrong], ((0, 0), (0, 1)))
-        iou[:, :-1][:, results.crowd[objects[:-1]]] = 0
-        same = results.detection_class[detections][:, None] == np.append(results.object_class, -1)[objects]
-        own, other = np.where(same, iou, 0), np.where(same, 0, iou)
-        own_iou, own_object = own.max(1), objects[own.argmax(1)]
-        other_iou, other_object = other.max(1), objects[other.argmax(1)]
-        cases = {  # in this order, where objects of its own and of other classes make several of them true
-            "localisation": ((own_iou >= background) & (own_iou < foreground), own_object),
-            "classification": (other_iou >= foreground, other_object),
-            "duplicate": (own_iou >= foreground, own_object),
-            "background": (np.maximum(own_iou, other_iou) < background, -1),
-        }
-        conditions = [condition for condition, _ in cases.values()]
-        kinds[detections] = np.select(conditions, list(cases), "both")
-        about[detections] = np.select(conditions, [chosen for _, chosen in cases.values()], other_object)
-    objects = np.full(len(results.object_class), "missed", "<U16")
-    objects[about[np.isin(kinds, ("localisation", "classification"))]] = "mistaken"
-    objects[matches.objects[matches.objects >= 0]] = "found"
-    objects[results.crowd] = "crowd"
-    return ErrorSplit(kinds, about, objects)
+        named = _name_errors(results, detections[wrong], objects, iou[wrong], foreground, background)
+        kinds[detections[wrong]], about[detections[wrong]] = named
+    object_kinds = np.full(len(results.object_class), "missed", "<U16")
+    object_kinds[about[np.isin(kinds, ("localisation", "classification"))]] = "mistaken"
+    object_kinds[matches.objects[matches.objects >= 0]] = "found"
+    object_kinds[results.crowd] = "crowd"
+    return ErrorSplit(kinds, about, object_kinds)
+
+
+def _name_errors(
+    results: DetectionResults,
+    detections: np.ndarray,
+    objects: np.ndarray,
+    iou: np.ndarray,
+    foreground: float,
+    background: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the kind of each false positive of an image, and the object that it is about.
+
+    Args:
+        results, foreground, background: see :func:`split_errors`.
+        detections: (d,) int, the false positives.
+        objects: (n,) int, the image's objects.
+        iou: (d, n), of these.
+    """
+    iou = np.where(results.crowd[objects], 0, iou)
+    same = results.detection_class[detections][:, None] == results.object_class[objects]
+    # In a last column, no object, for images without any.
+    objects = np.append(objects, -1)
+    own, other = (np.pad(np.where(which, iou, 0), ((0, 0), (0, 1))) for which in (same, ~same))
+    own_iou, own_object = own.max(1), objects[own.argmax(1)]
+    other_iou, other_object = other.max(1), objects[other.argmax(1)]
+    cases = {  # in this order, where objects of its own and of other classes make several of them true
+        "localisation": ((own_iou >= background) & (own_iou < foreground), own_object),
+        "classification": (other_iou >= foreground, other_object),
+        "duplicate": (own_iou >= foreground, own_object),
+        "background": (np.maximum(own_iou, other_iou) < background, -1),
+    }
+    conditions = [condition for condition, _ in cases.values()]
+    about = np.select(conditions, [chosen for _, chosen in cases.values()], other_object)
+    return np.select(conditions, list(cases), "both"), about
 
 
 def error_costs(results: DetectionResults, split: ErrorSplit) -> tuple[float, dict[str, float]]:

@@ -28,7 +28,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from ..config import number_of_classes, parse_config
-from ..errors import UserError, one_line
+from ..errors import UserError, import_extra, one_line_each
 from .pickles import read_model_zoo_pickle
 from .transformers_format import convert_transformers_state_dict, is_transformers_state_dict
 
@@ -122,7 +122,11 @@ class Checkpoint:
     @classmethod
     def read_local(cls, path: str | None, *, name: str = "MODEL.WEIGHTS") -> "Checkpoint | None":
         """Read a file as :meth:`read` does; return None for what is left to detectron2: no path, or an address."""
-        path = (path or "").split("?")[0]
+        path, _, options = (path or "").partition("?")
+        if options and os.path.exists(f"{path}?{options}"):
+            raise UserError(
+                f'{name} {path}?{options}: detectron2 takes what follows a "?" for options of its own. Rename the file.'
+            )
         return cls.read(path, name=name) if path and "://" not in path else None
 
     def _check_entries(self, name: str) -> None:
@@ -185,7 +189,7 @@ class Checkpoint:
     def class_names(self) -> list[str] | None:
         """The classes' names, by index; None if the file does not know them."""
         names = self.entries.get("class_names")
-        return None if names is None else [one_line(name) for name in names]
+        return None if names is None else one_line_each(names)
 
     @property
     def category_ids(self) -> list[int] | None:
@@ -238,7 +242,7 @@ def describe_run(cfg: CfgNode) -> dict[str, Any]:
         names = ids = None
     return {
         "config": cfg.dump(),
-        "class_names": list(names) if names else None,
+        "class_names": one_line_each(names) if names else None,
         "category_ids": sorted(ids, key=ids.get) if ids else None,
     }
 
@@ -261,12 +265,9 @@ def write_atomically(path: str | os.PathLike):
 
 
 def _read_safetensors(path: str, name: str) -> dict[str, Tensor]:
+    safetensors = import_extra("safetensors.torch", "safetensors")
     try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UserError(f"{name} {path}: reading it needs a package: pip install safetensors ({error}).") from error
-    try:
-        return load_file(path)
+        return safetensors.load_file(path)
     except Exception as error:  # safetensors raises types of its own
         raise UserError(
             f"{name} {path} is truncated, damaged or not a file of weights ({type(error).__name__}: {error}): copy it again, "

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from ..errors import UserError
@@ -69,8 +70,20 @@ def check_fit(path: str, model: torch.nn.Module, weights: dict, *, complete: boo
             f"not fit; {name}, of shape {own[name]} in the model, {found}. Use the config that the checkpoint was trained "
             "with (config.yaml beside it)."
         )
+    damaged = next((name for name in fitting if not _is_finite(weights, name)), None)
+    if damaged is not None:
+        raise UserError(
+            f"{path} has values that are not finite in {damaged}: its training has gone wrong. Name an earlier checkpoint."
+        )
     if not fitting:
         raise UserError(
             f"{path} has no parameter that fits this model: its first is {next(iter(shapes), None)!r}, the "
             f"model's {next(iter(own))!r}."
         )
+
+
+def _is_finite(weights: dict, name: str) -> bool:
+    value = weights[name] if name in weights else weights[f"module.{name}"]
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    return not (torch.is_floating_point(value) and not value.is_meta) or bool(value.isfinite().all())

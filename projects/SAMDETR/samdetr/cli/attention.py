@@ -21,7 +21,7 @@ from detectron2.structures import Instances, pairwise_iou
 from PIL import Image
 
 from ..errors import UserError
-from ..predictor import Predictor, list_images, load, read_image
+from ..predictor import Predictor, list_images, load
 from ..visualization import RecordedLayer, draw_attention, draw_head, draw_pairs, record_attention
 from .common import (
     IMAGE_SUFFIXES,
@@ -94,7 +94,7 @@ def of_equal_height(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np
 
 def draw_file(file: Path, name: Path, folder: Path, arguments: argparse.Namespace, predictors: list) -> None:
     """Draw all sheets of one image, named after ``name``."""
-    image = read_image(file)
+    image = predictors[0].read(file)
     looked = look_at(predictors[0], image)
     other = look_at(predictors[1], image) if len(predictors) > 1 else None
     queries = choose(looked[0], arguments)
@@ -132,6 +132,8 @@ def main(arguments: argparse.Namespace) -> int:
     files = list_images(arguments.input, IMAGE_SUFFIXES)
     predictors = [load_predictor(arguments)]
     number = predictors[0].cfg.MODEL.SAMDETR.NUM_QUERIES
+    if arguments.max_queries < 1:
+        raise UserError(f"--max-queries is {arguments.max_queries}: it must be 1 or more.")
     if any(not 0 <= query < number for query in arguments.queries or ()):
         raise UserError(f"--queries {arguments.queries}: the model's {number} queries are numbered from 0.")
     if arguments.compare_weights:

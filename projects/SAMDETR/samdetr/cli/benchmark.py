@@ -173,7 +173,7 @@ def print_tables(results: list[dict]) -> None:
 
 
 def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that the benchmarks of this folder share."""
+    """Add the options that this command and tools/measure/growth.py share."""
     parser.add_argument("--config-file", required=True, help="a config of this project")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 128), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch", type=int, default=2, help="images per step")

@@ -35,6 +35,8 @@ def check_contents(annotations: CocoAnnotations, report: Report, trained_on: boo
     per_image = np.bincount(annotations.image_index[~annotations.crowd], minlength=len(annotations.image_ids))
     per_class = np.bincount(annotations.class_index, minlength=len(annotations.class_names))
     crowded = np.bincount(annotations.image_index, minlength=len(annotations.image_ids)) > per_image
+    if evaluated_on and annotations.crowd.all():
+        report.add("datasets without boxes to find, for which there will be no AP", annotations.path)
     for kind, indices in (
         ("images without boxes", np.flatnonzero((per_image == 0) & ~crowded)),
         ("images with only crowd regions", np.flatnonzero((per_image == 0) & crowded)),
@@ -121,7 +123,9 @@ def main(arguments: argparse.Namespace) -> int:
         evaluated_on=not arguments.train_only,
     )
     number = len(annotations.boxes)
-    print(f"{len(annotations.image_ids)} images, {number} boxes, {len(annotations.class_names)} classes")
+    print(
+        f"{annotations.path}: {len(annotations.image_ids)} images, {number} boxes, {len(annotations.class_names)} classes"
+    )
     used = np.bincount(annotations.class_index, minlength=len(annotations.class_names))
     for index in np.argsort(-used, kind="stable"):
         print(f"  {annotations.class_names[index]}: {used[index]} ({used[index] / max(number, 1):.1%})")

@@ -1,4 +1,4 @@
-"""What the tools have in common: options for a trained model, outputs, and how they end on a mistake."""
+"""What the commands have in common: options for a trained model, outputs, and how they end on a mistake."""
 
 import argparse
 import os

@@ -16,7 +16,7 @@ import numpy as np
 from detectron2.structures import Instances
 
 from ..errors import UserError, import_extra
-from ..predictor import Predictor, read_image
+from ..predictor import Predictor
 from ..visualization import draw_attention, draw_detections
 from .attention import describe, look_at
 from .common import SCORE_THRESHOLD, add_model_arguments, load_predictor
@@ -44,7 +44,7 @@ class Page:
         if path is None:
             return None, None, "", None
         try:
-            image = read_image(path, self.predictor.cfg.INPUT.MAX_PIXELS)
+            image = self.predictor.read(path)
         except UserError as error:
             name = os.path.basename(path)  # not where this machine keeps it
             return None, None, f"Upload another file: {str(error).replace(path, name)}", None

@@ -32,7 +32,7 @@ from torchvision.ops import box_iou
 from ..data import load_records, register_datasets
 from ..errors import UserError
 from ..export import PRECISIONS, Detect, ExportableModel, describe, export, fit_size, open_exported, trace
-from ..predictor import Predictor, list_images, read_image
+from ..predictor import Predictor, list_images
 from .common import IMAGE_SUFFIXES, add_model_arguments, load_predictor, output_file
 
 NEEDED = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".xml": ("onnx", "onnxscript", "openvino"), ".pt2": ()}
@@ -109,7 +109,7 @@ def read_calibration(predictor: Predictor, folder: str | None) -> list[torch.Ten
         raise UserError(f"There are {len(files)} images: name a folder of at least 10.", argument="calibration")
     chosen = np.random.RandomState(0).permutation(len(files))[: CALIBRATION_IMAGES + CHECK_IMAGES]
     description = describe(predictor)
-    images = (read_image(files[i], predictor.cfg.INPUT.MAX_PIXELS) for i in chosen)
+    images = (predictor.read(files[i]) for i in chosen)
     return [fit_size(predictor.prepare(image)["image"][None], description) for image in images]
 
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from ..errors import UserError, import_extra
 from ..object_tracking import ObjectTracker
-from ..predictor import Predictor, list_images, read_image
+from ..predictor import Predictor, list_images
 from ..visualization import draw_detections
 from .common import (
     IMAGE_SUFFIXES,
@@ -135,7 +135,6 @@ class Prediction:
         self.videos = videos[rank::number]
         self.video = import_module(".video", __package__) if videos else None  # it needs a package of its own
         self.images = [file for file in files if file not in set(videos)][rank::number]
-        self.max_pixels = predictor.cfg.INPUT.MAX_PIXELS
         self.results = ResultsPart(self.folder, rank)
         self.confident = 0
         self.failed: list[str] = []
@@ -157,7 +156,7 @@ class Prediction:
     def run_images(self, files: list[Path]) -> None:
         """Detect in a batch; if that fails, in each image by itself, so that only the bad ones are left out."""
         try:
-            images = [read_image(file, self.max_pixels) for file in files]
+            images = [self.predictor.read(file) for file in files]
             found = self.predictor(images, self.batch_size)
         except Exception as error:
             if len(files) == 1:

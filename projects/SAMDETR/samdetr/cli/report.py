@@ -20,6 +20,7 @@ from detectron2.utils.collect_env import collect_env_info
 from matplotlib.figure import Figure
 
 from ..analysis import AP_NAMES, read_results
+from ..checkpoint.checkpoint import write_atomically
 from ..checks import check_config
 from ..data import register_datasets
 from ..engine import evaluate_images
@@ -121,5 +122,9 @@ def main(arguments: argparse.Namespace) -> None:
     known = predictor.class_names if predictor.knows_classes else None
     check_config(predictor.cfg, training=False, weights=False, class_names=known)
     page = write_page(arguments, predictor, weights)
-    output.write_text(page, encoding="utf-8", errors="replace")
+    try:
+        with write_atomically(output) as file:
+            file.write(page.encode(errors="replace"))
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}).", argument="output") from error
     print(f"{output}: {len(page) / 2**20:.1f} MiB")

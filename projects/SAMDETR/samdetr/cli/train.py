@@ -86,6 +86,8 @@ def read_config(args):
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds the checkpoints of an earlier run: continue it with --resume, or name "
             "another OUTPUT_DIR."
         )
+    if args.resume and earlier and args.weights:
+        logger.warning("--weights %s is not used: --resume goes on from the checkpoints in OUTPUT_DIR.", args.weights)
     register_datasets(cfg)
     check_config(cfg, training=not args.eval_only, weights=not (earlier and args.resume))
     return cfg
@@ -127,7 +129,12 @@ def set_up(args, cfg):
     """Register the config's datasets, and set up OUTPUT_DIR with the config and the logs."""
     register_datasets(cfg)
     folder, rank = Path(cfg.OUTPUT_DIR), comm.get_rank()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"OUTPUT_DIR {folder} cannot be written to ({error.strerror}): name another one, OUTPUT_DIR FOLDER."
+        ) from error
     for name in ("fvcore", "detectron2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name, configure_stdout=False)
     # The config that a checkpoint was trained with stays beside it. default_setup would replace it.
@@ -155,6 +162,13 @@ def set_up(args, cfg):
 def run(args):
     """Check everything, take hold of OUTPUT_DIR, and run."""
     launched = was_launched()
+    if args.num_gpus < 0 or args.num_machines < 1:
+        raise UserError("--num-gpus must be 0 or more, and --num-machines 1 or more.")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise UserError(
+            f"--machine-rank is {args.machine_rank}: with --num-machines {args.num_machines}, ranks are 0 to "
+            f"{args.num_machines - 1}."
+        )
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("With several machines, name the first one's address in --dist-url: tcp://HOST:PORT.")
     if args.dist_url != "auto" and not re.fullmatch(r"tcp://[^/]+:\d+|file:///.+|env://.*", args.dist_url):

@@ -89,13 +89,13 @@ def build_train_augmentation(cfg, *, strong: bool = True) -> list[T.Augmentation
         augmentation.append(RandomApply(T.AugmentationList(change), prob=photometric.PROB))
     crop = cfg.INPUT.DETR_CROP
     if crop.PROB > 0:
-        resize_and_crop = T.AugmentationList(
+        crop_augmentation = T.AugmentationList(
             [
                 ResizeShortestEdge(list(crop.MIN_SIZE), sample_style="choice"),
                 T.RandomCrop("absolute_range", list(crop.SIZE)),
             ]
         )
-        augmentation.append(RandomApply(resize_and_crop, prob=crop.PROB))
+        augmentation.append(RandomApply(crop_augmentation, prob=crop.PROB))
     resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
     jitter = cfg.INPUT.LARGE_SCALE_JITTER
     if strong and jitter.ENABLED:

@@ -149,14 +149,14 @@ def build_train_loader(cfg) -> TrainLoader:
     return TrainLoader(dataset, sampler, num_workers=cfg.DATALOADER.NUM_WORKERS, pin_memory=pin_memory)
 
 
-def _training_records(cfg) -> list[dict]:
-    """Return the images to train on, and log what is to know about them."""
+def _training_records(cfg, report: bool = True) -> list[dict]:
+    """Return the images to train on; log what is to know about them, if ``report``."""
     class_names = class_names_of(cfg.DATASETS.TRAIN[0])
     skip_missing = cfg.DATALOADER.UNREADABLE_IMAGES == "skip"
     datasets = {
         name: load_records(name, class_names, training=True, skip_missing=skip_missing) for name in cfg.DATASETS.TRAIN
     }
-    for name, found in datasets.items():
+    for name, found in datasets.items() if report else ():
         warn_about_capacity(cfg, name, found, training=True)
     records = list(chain.from_iterable(datasets.values()))
     annotated = all("annotations" in record for record in records)
@@ -164,7 +164,7 @@ def _training_records(cfg) -> list[dict]:
         records = filter_images_with_only_crowd_annotations(records)
     if not records:
         raise UserError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image to train on.")
-    if class_names is not None and annotated:
+    if report and class_names is not None and annotated:
         print_instances_class_histogram(records, class_names)
     return records
 
@@ -181,7 +181,7 @@ def resolve_epochs(cfg):
     """
     if not cfg.SOLVER.EPOCHS:
         return cfg
-    images = len(_training_records(cfg))
+    images = len(_training_records(cfg, report=False))
     iterations = max(1, math.ceil(cfg.SOLVER.EPOCHS * images / cfg.SOLVER.IMS_PER_BATCH))
     share = iterations / cfg.SOLVER.MAX_ITER
     resolved = cfg.clone()

@@ -49,7 +49,7 @@ ERRORS = {
     "datasets without categories": 'Fill "categories".',
     # In other formats:
     "images without an annotation file": "Add one for each; that of an image without objects has none.",
-    "annotation files that are damaged": "Copy them again, or write them anew.",
+    "annotation files that are damaged": "Copy or write them again.",
     "labels that are no box": "A line is: class, centre x, centre y, width, height.",
     "labels outside of [0, 1]": "Centre and size are shares of the image's width and height.",
     "labels of an unknown class": 'Add it to "names", or correct the line.',
@@ -68,7 +68,7 @@ REPAIRED = {
     "annotations with a larger area than their box": "width x height",
     "annotations without iscrowd": "taken as 0",
     "annotations with ignore": "taken as crowd",
-    "annotation ids that are missing, duplicated or no positive whole number": "numbered anew",
+    "annotation ids that are missing, duplicated or no positive whole number": "numbered again",
     "image ids of mixed types": "taken as text",
     "images without a width and height in the annotation file": "read from the image files",
     "image entries that stand twice": "taken once",
@@ -253,7 +253,7 @@ def read_coco(path: str | os.PathLike, image_root: str | os.PathLike) -> CocoAnn
 
 
 def call_cached(reader: Callable, *args) -> CocoAnnotations:
-    """Call a reader with a cache; anew, if images that it missed the last time are there now."""
+    """Call a reader with a cache; again, if images that it missed the last time are there now."""
     found = reader(*args)
     if any(os.path.exists(path) for path in found.report.examples.get("images missing", ())):
         reader.cache_clear()

@@ -14,7 +14,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from ..errors import UserError
+from ..errors import UserError, one_line_each
 from .coco_format import CocoAnnotations, read_coco
 from .registration import AnnotationSource
 
@@ -48,7 +48,7 @@ def read_dataset(name: str, *, training: bool = False, skip_missing: bool = Fals
             f"{annotations.path} has {what}, so that there is nothing to learn from: annotate some objects."
         )
     named = metadata.get("thing_classes")
-    if named is not None and list(named) != annotations.class_names:
+    if named is not None and one_line_each(named) != annotations.class_names:
         raise UserError(
             f"{name!r} was registered with the classes {_some(named)}, but {annotations.path} has "
             f"{_some(annotations.class_names)}: register it with those."
@@ -62,7 +62,7 @@ def class_names_of(name: str) -> list[str] | None:
     if names is None:
         annotations = read_dataset(name, skip_missing=True)
         names = annotations and annotations.class_names
-    return None if names is None else list(names)
+    return None if names is None else one_line_each(names)
 
 
 def match_classes(own: Sequence[str], wanted: Sequence[str]) -> list[int]:
@@ -110,8 +110,8 @@ def load_records(
         for key, value in (("thing_classes", annotations.class_names), ("thing_dataset_id_to_contiguous_id", ids)):
             if metadata.get(key) is None:  # registered by detectron2, which fills it in when a dataset is loaded
                 metadata.set(**{key: value})
-    own = metadata.get("thing_classes")
-    if class_names is not None and own is not None and list(own) != list(class_names):
+    own = one_line_each(metadata.get("thing_classes") or ())
+    if class_names is not None and own and own != list(class_names):
         try:
             order = match_classes(own, class_names)
         except UserError as error:

@@ -20,7 +20,7 @@ from iopath.common.file_io import file_lock
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
-from ..errors import UserError
+from ..errors import UserError, import_extra
 from .coco_format import CocoAnnotations, read_coco
 from .registration import AnnotationSource, register_source
 
@@ -127,17 +127,14 @@ def write_digits(root: str) -> None:
     """Write both splits below ``root``, unless they exist; several processes may do so at the same time.
 
     Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
+        UserError: scikit-learn is not installed, or ``root`` cannot be written to.
     """
     target = os.path.join(root, _FOLDER)
     if os.path.isdir(target):
         return
-    try:
-        from sklearn.datasets import load_digits, load_sample_images
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "The embedded dataset is made of scikit-learn's bundled scans and photographs: pip install scikit-learn."
-        ) from error
+    scikit_learn = import_extra(
+        "sklearn.datasets", "scikit-learn"
+    )  # whose scans and photographs the dataset is made of
     try:
         os.makedirs(root, exist_ok=True)
     except OSError as error:
@@ -148,8 +145,8 @@ def write_digits(root: str) -> None:
         if os.path.isdir(target):  # another process was faster
             return
         logger.info("Writing the embedded dataset to %s (once).", target)
-        scans = load_digits()
-        photographs = load_sample_images().images
+        scans = scikit_learn.load_digits()
+        photographs = scikit_learn.load_sample_images().images
         temporary = tempfile.mkdtemp(dir=root, prefix=_FOLDER)
         try:
             os.mkdir(os.path.join(temporary, "annotations"))

@@ -12,9 +12,9 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError
+from ..limits import DEFAULT_MAX_PIXELS
 
 __all__ = [
-    "DEFAULT_MAX_PIXELS",
     "ImageSource",
     "Picture",
     "SizeMismatchError",
@@ -32,9 +32,6 @@ ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 _LOGGED: set[str] = set()  # the notes that this process has logged
 _LIMIT_LOCK = threading.Lock()  # Pillow's limit is a global variable
-
-# A larger picture is taken for a decompression bomb; Pillow's own limit.
-DEFAULT_MAX_PIXELS = 2 * 1024**3 // 4 // 3
 
 _ORIENTATION = 0x0112  # EXIF's tag, and how to turn a picture upright by its value
 _UPRIGHT = {
@@ -86,7 +83,7 @@ def log_once(note: str, name: str) -> None:
 
 
 def open_picture(
-    source: ImageSource, *, annotated_size: tuple[int, int] | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+    source: ImageSource, *, annotated_size: tuple[int, int] | None = None, max_pixels: float = DEFAULT_MAX_PIXELS
 ) -> Picture:
     """Read a picture and convert it to 8 bits of RGB.
 

@@ -100,12 +100,12 @@ def _find(path: str, what: str) -> str:
     raise UserError(f"{what} {path} does not exist (looked in {os.getcwd()}, and for {below}).")
 
 
-def _register(key: str, name: str, source: AnnotationSource, *what: str) -> None:
+def _register(key: str, name: str, source: AnnotationSource, split: str | None = None) -> None:
     """Register one entry of the config, after its annotations were read."""
     if name in DatasetCatalog.list():
         metadata = MetadataCatalog.get(name)
         known = [metadata.get(field) for field in ("json_file", "image_root", "split")]
-        if known != [source.path, source.image_root, what[0] if what else None]:
+        if known != [source.path, source.image_root, split]:
             raise UserError(f"DATASETS.{key}: the name {name!r} belongs to {known[:2]}: choose another.")
         return
     try:
@@ -115,5 +115,5 @@ def _register(key: str, name: str, source: AnnotationSource, *what: str) -> None
     except UserError as error:
         raise UserError(f"DATASETS.{key}: {error}") from error
     register_source(source, name, annotations.class_names, annotations.category_ids)
-    if what:
-        MetadataCatalog.get(name).set(split=what[0])
+    if split is not None:
+        MetadataCatalog.get(name).set(split=split)

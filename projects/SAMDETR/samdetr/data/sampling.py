@@ -154,6 +154,8 @@ class SampledDataset(MappedDataset):
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
         place, index, batch = key
         unreadable: list[str] = []
+        final = self.final_mapper is not None and batch >= self.final_from
+        mapper = self.final_mapper if final else self.mapper
 
         def mapped(index: int) -> dict:
             for _ in range(_ATTEMPTS):
@@ -167,8 +169,6 @@ class SampledDataset(MappedDataset):
                 index = random.randrange(len(self))
             raise UserError(f"{_ATTEMPTS} images in a row cannot be used, the last is {unreadable[-1]}.")
 
-        final = self.final_mapper is not None and batch >= self.final_from
-        mapper = self.final_mapper if final else self.mapper
         with seeded(self.seed, place):
             try:
                 sample = mapped(index)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..analysis import AP_NAMES, class_ap
 from ..checkpoint.checkpoint import write_atomically
 from ..data import build_test_loader, load_records, match_classes, read_coco, read_dataset
+from ..errors import one_line_each
 from ..solver import autocast
 
 __all__ = ["CheckedEvaluator", "ImageEvaluation", "build_evaluator", "evaluate_images", "f1", "write_results"]
@@ -103,8 +104,8 @@ class CheckedEvaluator(COCOEvaluator):
         Raises:
             UserError: the dataset has other classes.
         """
-        own = self._metadata.get("thing_classes")
-        if own is None or list(own) == list(class_names):
+        own = one_line_each(self._metadata.get("thing_classes") or ())
+        if not own or own == list(class_names):
             return
         order = match_classes(own, class_names)
         ids = self._metadata.get("thing_dataset_id_to_contiguous_id") or {index: index for index in range(len(own))}

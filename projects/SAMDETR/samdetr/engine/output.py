@@ -12,6 +12,8 @@ from ..errors import UserError
 
 __all__ = ["keep_metrics_before", "lock_folder", "merge_metrics", "set_metrics_aside"]
 
+_OF_ONE_RUN = ("metrics.json", "tracking.json", "events.out.tfevents.")
+
 
 @contextlib.contextmanager
 def lock_folder(folder: str) -> Iterator[None]:
@@ -45,13 +47,19 @@ def lock_folder(folder: str) -> Iterator[None]:
 
 
 def set_metrics_aside(folder: str) -> None:
-    """Rename the ``metrics.json`` of an earlier run, which left no checkpoint, to make room for a new one."""
-    path = os.path.join(folder, "metrics.json")
+    """Rename what tells of an earlier run, which left no checkpoint, to make room for a new one.
+
+    These are ``metrics.json``, ``tracking.json`` and TensorBoard's files, which would all be drawn as one run.
+    """
     number = 1
-    while os.path.exists(earlier := os.path.join(folder, f"metrics_earlier_{number}.json")):
+    while os.path.exists(os.path.join(folder, f"earlier_{number}")):
         number += 1
-    if os.path.exists(path):
-        os.replace(path, earlier)
+    files = (
+        [entry for entry in os.scandir(folder) if entry.name.startswith(_OF_ONE_RUN)] if os.path.isdir(folder) else []
+    )
+    for entry in files:
+        os.makedirs(os.path.join(folder, f"earlier_{number}"), exist_ok=True)
+        os.replace(entry.path, os.path.join(folder, f"earlier_{number}", entry.name))
 
 
 def _read(path: str) -> dict[int, dict]:

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from ..errors import import_extra, one_line
+from ..modeling.criterion import WRITING_PERIOD
 
 __all__ = ["MLflowWriter", "TrackingWriter", "WandbWriter", "build_trackers", "import_trackers"]
 
@@ -50,7 +51,7 @@ class TrackingWriter(EventWriter):
         """Send what is new since the last call, by iteration."""
         by_step: dict[int, dict[str, float]] = {}
         storage = get_event_storage()
-        for name, (value, step) in storage.latest_with_smoothing_hint(20).items():
+        for name, (value, step) in storage.latest_with_smoothing_hint(WRITING_PERIOD).items():
             if step > self.last_write:
                 by_step.setdefault(step, {})[name] = value
         for step, metrics in sorted(by_step.items()):

@@ -20,6 +20,7 @@ from ..checkpoint import CheckedCheckpointer, Checkpoint, describe_run
 from ..data import build_test_loader, build_train_loader, load_records, resolve_epochs, warn_about_capacity
 from ..errors import UserError
 from ..modeling.build import build_detector
+from ..modeling.criterion import WRITING_PERIOD
 from ..solver import MovingAverage, autocast, build_optimizer
 from .evaluation import CheckedEvaluator, build_evaluator, write_results
 from .output import keep_metrics_before, merge_metrics, set_metrics_aside
@@ -49,9 +50,13 @@ class KeepBest(HookBase):
         self._seen = -1  # iteration of the last such evaluation
 
     def before_train(self):
-        earlier = [line[self.metric] for _, line in sorted(self.trainer.earlier_metrics.items()) if self.metric in line]
+        earlier = {
+            iteration: line[self.metric]
+            for iteration, line in sorted(self.trainer.earlier_metrics.items())
+            if math.isfinite(line.get(self.metric, math.nan))
+        }
         best = -math.inf
-        for value in filter(math.isfinite, earlier):
+        for value in earlier.values():
             self.without_gain = 0 if value > best else self.without_gain + 1
             best = max(best, value)
         path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
@@ -68,7 +73,9 @@ class KeepBest(HookBase):
                 if before != evaluated_on:
                     self._set_aside(path, before)
                 elif kept.metric is not None and math.isfinite(kept.metric):
-                    self.best = kept.metric
+                    self.best, best_at = kept.metric, kept.iteration or 0
+                    # Not since the best of all lines: earlier ones may be of other data.
+                    self.without_gain = sum(iteration > best_at for iteration in earlier)
         if self.trainer.evaluation_missed:
             self._keep()
 
@@ -78,7 +85,7 @@ class KeepBest(HookBase):
         os.replace(path, os.path.join(self.checkpointer.save_dir, name))
         self.without_gain = 0
         logger.warning(
-            "model_best.pth was the best on %s, not on %s: it is now %s, and the best is looked for anew.",
+            "model_best.pth was the best on %s, not on %s: it is now %s, and the best is looked for from here on.",
             *(dataset, self.trainer.cfg.DATASETS.TEST[0], name),
         )
 
@@ -88,7 +95,7 @@ class KeepBest(HookBase):
             self._keep()
 
     def after_train(self):
-        if self.trainer.iter + 1 >= self.trainer.max_iter:
+        if self.trainer.iter == self.trainer.max_iter:  # complete: not after an error in the last step
             self._keep()
 
     def _keep(self):
@@ -182,14 +189,19 @@ class Evaluate(hooks.EvalHook):
             self.trainer.storage.iter = self.trainer.iter
             self._do_eval()
 
+    def after_train(self):
+        # Not after an error in the last step, which other processes may wait in.
+        if self.trainer.iter == self.trainer.max_iter:
+            super().after_train()
+
 
 class WriteMetrics(HookBase):
-    """Write the metrics every 20 steps and after each evaluation, which a stopped run must not lose."""
+    """Write the metrics every ``WRITING_PERIOD`` steps and after each evaluation, which a stopped run must not lose."""
 
     def __init__(self, build_writers, folder: str, evaluation_period: int):
         self.build_writers = build_writers
         self.folder = folder
-        self.periods = [period for period in (20, evaluation_period) if period > 0]
+        self.periods = [period for period in (WRITING_PERIOD, evaluation_period) if period > 0]
         self.writers: list[EventWriter] = []
 
     def before_train(self):

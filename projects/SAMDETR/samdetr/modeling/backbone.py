@@ -44,7 +44,7 @@ class FoldedConv2d(Conv2d):
         return x if self.activation is None else self.activation(x)
 
     def __getstate__(self) -> dict:
-        """Return what is copied and pickled: not what is kept, because a copy's buffers count their changes anew."""
+        """Return what is copied and pickled: not what is kept, because a copy's buffers count their changes from 0."""
         return {key: value for key, value in self.__dict__.items() if key != "_kept"}
 
     def _scale_and_shift(self, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:

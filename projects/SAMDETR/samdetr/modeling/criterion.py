@@ -16,10 +16,9 @@ from .boxes import cxcywh_to_xyxy, generalized_iou, iou
 from .matcher import HungarianMatcher, Matches
 from .structures import DenoisingTargets, ImageTarget, Predictions
 
-__all__ = ["NonFinitePredictionError", "SetCriterion"]
+__all__ = ["WRITING_PERIOD", "NonFinitePredictionError", "SetCriterion"]
 
-
-_WRITING_PERIOD = 20  # iterations between two lines of detectron2's writers
+WRITING_PERIOD = 20  # iterations between two lines of metrics, which the trainer keeps to
 
 
 class NonFinitePredictionError(FloatingPointError):
@@ -178,7 +177,7 @@ class SetCriterion:
         if has_event_storage() and giou.shape[1]:
             storage = get_event_storage()
             # Reading it waits for a GPU, and so only when the metrics are written.
-            if giou.device.type == "cpu" or (storage.iter + 1) % _WRITING_PERIOD == 0:
+            if giou.device.type == "cpu" or (storage.iter + 1) % WRITING_PERIOD == 0:
                 name = prefix.replace("loss", "samdetr/matched_giou")
                 storage.put_scalar(name, 1 - giou[-1].detach().mean())
         return self.weighted(prefix, class_loss / normalizer, l1.sum(1) / normalizer, giou.sum(1) / normalizer)

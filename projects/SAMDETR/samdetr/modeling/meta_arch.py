@@ -257,13 +257,18 @@ class SAMDETR(SetDetector):
         }
 
     @staticmethod
-    def shared_parts(cfg) -> dict:
-        """Return the arguments that detectors with another encoder and decoder have in common with this one."""
+    def shared_parts(cfg, projection: type[FeatureProjection] = FeatureProjection) -> dict:
+        """Return the arguments that detectors with another encoder and decoder have in common with this one.
+
+        Args:
+            cfg: the config.
+            projection: what turns the backbone's maps into levels.
+        """
         node, parts = cfg.MODEL.SAMDETR, SetDetector.shared_parts(cfg)
         features = used_features(cfg, parts["backbone"])
         return {
             **parts,
-            "feature_projection": FeatureProjection(
+            "feature_projection": projection(
                 in_channels=[feature.channels for feature in features],
                 strides=[feature.stride for feature in features],
                 dim=node.HIDDEN_DIM,

@@ -28,7 +28,8 @@ Registry of query generators, chosen by ``cfg.MODEL.SAMDETR.QUERY_GENERATOR.NAME
 A registered class is called as ``Generator(cfg)``. The resulting module is called with the encoded image, a list of
 :class:`FeatureLevel` from the finest to the coarsest level, and, in training, a list of B :class:`ImageTarget` (else None).
 It returns a :class:`QueryBatch`, whose matching queries must not depend on padded pixels. Its method
-``num_denoising(targets)`` returns how many denoising queries, without padding, it makes for such a list (0 if it makes none).
+``num_denoising(targets)`` returns how many denoising queries it makes for such a list, without padding and negatives (0 if it
+makes none): what their losses are divided by.
 """
 
 

@@ -236,11 +236,11 @@ def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
 
 def _check_pixels(cfg, name: str) -> None:
     expected = importlib.import_module("timm").get_pretrained_cfg(name)
+    if cfg.INPUT.FORMAT != "RGB":
+        raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, but the weights of timm's {name} expect 'RGB'.")
     wanted = {"PIXEL_MEAN": expected.mean, "PIXEL_STD": expected.std}
     for key, values in wanted.items():
         values = [round(255 * value, 3) for value in values]
-        if cfg.INPUT.FORMAT != "RGB":
-            raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, but the weights of timm's {name} expect 'RGB'.")
         if not all(math.isclose(a, b, abs_tol=1.0) for a, b in zip(cfg.MODEL[key], values)):
             raise UserError(
                 f"MODEL.{key} is {list(cfg.MODEL[key])}, but the weights of timm's {name} expect {values}: set it to these."

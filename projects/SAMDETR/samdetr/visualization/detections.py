@@ -1,5 +1,6 @@
 """Draw detections and ground truth with detectron2's Visualizer."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -93,7 +94,9 @@ def draw_beside_truth(
         instances, class_names, score_threshold: see :func:`draw_detections`.
     """
     size = (record["width"], record["height"])
-    image = open_picture(record["file_name"], annotated_size=size).pixels
+    image = open_picture(
+        record["file_name"], annotated_size=size, max_pixels=math.inf
+    ).pixels  # something was found in it
     truth = draw_annotations(image, record, class_names)
     return truth, draw_detections(image, instances, class_names, score_threshold)
 

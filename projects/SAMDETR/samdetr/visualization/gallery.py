@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -127,7 +128,10 @@ def _figure(image: int, results: DetectionResults, split: ErrorSplit, record: di
 
 def _picture(record: dict) -> str:
     """Return the image of a record as an HTML element that carries its own data, reduced in size if it is large."""
-    pixels = open_picture(record["file_name"], annotated_size=(record["width"], record["height"])).pixels
+    size = (record["width"], record["height"])
+    pixels = open_picture(
+        record["file_name"], annotated_size=size, max_pixels=math.inf
+    ).pixels  # evaluation has read it
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     image.save(buffer, format="JPEG", quality=80)

@@ -43,19 +43,13 @@ class SMCADETR(SAMDETR):
     @classmethod
     def from_config(cls, cfg):
         node = cfg.MODEL.SAMDETR
-        parts = cls.shared_parts(cfg)
-        widths = {"dim": node.HIDDEN_DIM, "num_heads": node.NUM_HEADS, "dropout": node.DROPOUT}
         num_levels = len(node.IN_FEATURES)
         if num_levels > 1:
             num_levels += 1
-            shapes = [parts["backbone"].output_shape()[name] for name in node.IN_FEATURES]
-            parts["feature_projection"] = DownsamplingProjection(
-                in_channels=[shape.channels for shape in shapes],
-                strides=[shape.stride for shape in shapes],
-                dim=node.HIDDEN_DIM,
-                num_groups=node.PROJECTION_NUM_GROUPS,
-                temperature=node.POSITION_TEMPERATURE,
-            )
+            parts = cls.shared_parts(cfg, DownsamplingProjection)
+        else:
+            parts = cls.shared_parts(cfg)
+        widths = {"dim": node.HIDDEN_DIM, "num_heads": node.NUM_HEADS, "dropout": node.DROPOUT}
         encoder_layers = [
             SMCAEncoderLayer(**widths, feedforward_dim=node.ENCODER.FEEDFORWARD_DIM)
             for _ in range(node.ENCODER.NUM_LAYERS)

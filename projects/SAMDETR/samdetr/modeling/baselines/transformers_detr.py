@@ -241,7 +241,7 @@ class TransformersDETR(SetDetector):
             query_generator.reference_logits = None
 
     def lr_factor(self, name: str) -> float:
-        """A tenth for Deformable DETR's sampling offsets and reference points, as in its paper."""
+        """Return a tenth for Deformable DETR's sampling offsets and reference points, as in its paper."""
         slow = self.kind == "deformable_detr" and ("sampling_offsets." in name or "reference_points." in name)
         return 0.1 if slow else 1.0
 
