@@ -70,7 +70,7 @@ def check_fit(path: str, model: torch.nn.Module, weights: dict, *, complete: boo
             f"not fit; {name}, of shape {own[name]} in the model, {found}. Use the config that the checkpoint was trained "
             "with (config.yaml beside it)."
         )
-    damaged = next((name for name in fitting if not _is_finite(weights, name)), None)
+    damaged = next((name for name in own if name in fitting and not _is_finite(weights, name)), None)
     if damaged is not None:
         raise UserError(
             f"{path} has values that are not finite in {damaged}: its training has gone wrong. Name an earlier checkpoint."

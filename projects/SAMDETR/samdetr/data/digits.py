@@ -132,9 +132,8 @@ def write_digits(root: str) -> None:
     target = os.path.join(root, _FOLDER)
     if os.path.isdir(target):
         return
-    scikit_learn = import_extra(
-        "sklearn.datasets", "scikit-learn"
-    )  # whose scans and photographs the dataset is made of
+    # The dataset is made of its scans and photographs.
+    scikit_learn = import_extra("sklearn.datasets", "scikit-learn")
     try:
         os.makedirs(root, exist_ok=True)
     except OSError as error:

@@ -94,9 +94,8 @@ def draw_beside_truth(
         instances, class_names, score_threshold: see :func:`draw_detections`.
     """
     size = (record["width"], record["height"])
-    image = open_picture(
-        record["file_name"], annotated_size=size, max_pixels=math.inf
-    ).pixels  # something was found in it
+    # Of any size, since detections were made from it.
+    image = open_picture(record["file_name"], annotated_size=size, max_pixels=math.inf).pixels
     truth = draw_annotations(image, record, class_names)
     return truth, draw_detections(image, instances, class_names, score_threshold)
 

@@ -129,9 +129,8 @@ def _figure(image: int, results: DetectionResults, split: ErrorSplit, record: di
 def _picture(record: dict) -> str:
     """Return the image of a record as an HTML element that carries its own data, reduced in size if it is large."""
     size = (record["width"], record["height"])
-    pixels = open_picture(
-        record["file_name"], annotated_size=size, max_pixels=math.inf
-    ).pixels  # evaluation has read it
+    # Of any size, since it was evaluated.
+    pixels = open_picture(record["file_name"], annotated_size=size, max_pixels=math.inf).pixels
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     image.save(buffer, format="JPEG", quality=80)
