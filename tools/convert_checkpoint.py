@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from detectron2.modeling import build_model
 
 import samdetr
 from samdetr.checkpoint import (
@@ -24,6 +23,7 @@ from samdetr.checkpoint import (
 )
 from samdetr.cli.common import run
 from samdetr.errors import UserError
+from samdetr.modeling.build import build_detector
 
 
 def convert(source: Path, target: Path, num_classes: int, allow_pickle: bool) -> tuple[str, str]:
@@ -52,7 +52,7 @@ def convert(source: Path, target: Path, num_classes: int, allow_pickle: bool) ->
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source} cannot be converted: {error}") from error
     cfg = samdetr.load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.SAMDETR.NUM_CLASSES", num_classes])
-    model = build_model(cfg)
+    model = build_detector(cfg)
     try:
         check_fit(str(source), model, converted, complete=True)
     except UserError as error:

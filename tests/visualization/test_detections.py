@@ -17,6 +17,9 @@ def test_only_confident_detections_are_drawn():
     drawn = draw_detections(image, instances, ["a", "b"], 0.5)
     half = drawn.shape[0] // 2
     assert drawn[:half, :half].any() and not drawn[half + 20 :, half + 20 :].any()
+    height, width, _ = drawn.shape
+    taller = np.pad(drawn, ((0, 7), (0, 0), (0, 0)))
+    assert draw_pairs([(drawn, taller)]).shape == (height + 7 + 8, 2 * width + 2 + 8, 3)  # a frame of 4 around them
     sheet = draw_pairs([(drawn, drawn)] * 3, columns=2)
     assert sheet.shape == (2 * (drawn.shape[0] + 8), 2 * (2 * drawn.shape[1] + 10), 3)
 

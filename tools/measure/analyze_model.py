@@ -25,7 +25,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from detectron2.modeling import build_model
 from detectron2.utils.analysis import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from tabulate import tabulate
@@ -38,6 +37,7 @@ from samdetr.config import config_folder
 from samdetr.data import build_test_loader, register_datasets
 from samdetr.errors import UserError
 from samdetr.modeling import semantics_aligner
+from samdetr.modeling.build import build_detector
 from samdetr.modeling.meta_arch import SetDetector
 
 # Params (M) and GFLOPs of the paper's Table 1 (GFLOPs: means over COCO images), by family; the same with SMCA and DN.
@@ -232,7 +232,7 @@ def print_published(path: Path, size: tuple[int, int]) -> None:
         here = ["", "", "no config here"]
         if config is not None:
             cfg = samdetr.load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
-            model = build_model(cfg).eval()
+            model = build_detector(cfg).eval()
             flops, parameters = count_flops(model, *size), count_parameters(model)["total"][0]
             name = str(config.relative_to(config_folder()).with_suffix(""))
             here = [f"{parameters / 1e6:.1f}", f"{flops['total'] / 1e9:.0f}", f"`{name}`"]
@@ -289,7 +289,7 @@ def main() -> None:
             ) from error
     cfg = samdetr.load_config(arguments.config_file, [*arguments.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
     sizes = image_sizes(arguments, cfg)
-    model = build_model(cfg).eval()
+    model = build_detector(cfg).eval()
     parameters = count_parameters(model)
     flops: Counter = Counter()
     for size, times in Counter(sizes).items():

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from analyze_model import count_flops
-from detectron2.modeling import build_model
 
 from samdetr.cli.benchmark import add_measurement_arguments, measure_variants, parse_variant, print_tables, write_json
 from samdetr.cli.common import run
 from samdetr.cli.measurement import read_config
+from samdetr.modeling.build import build_detector
 
 QUERIES = "MODEL.SAMDETR.NUM_QUERIES"
 
@@ -43,7 +43,7 @@ def make_variants(arguments: argparse.Namespace) -> dict[str, list[tuple[float, 
 def multiply_adds(variant: dict) -> int:
     """Count the multiply-adds of the forward pass, for the whole batch of a variant."""
     cfg = read_config(variant["config"], variant["options"])
-    return variant["batch"] * count_flops(build_model(cfg).eval(), *variant["size"])["total"]
+    return variant["batch"] * count_flops(build_detector(cfg).eval(), *variant["size"])["total"]
 
 
 def draw(path: str, growth: dict[str, list[dict]], title: str) -> None:

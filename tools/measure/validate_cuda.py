@@ -139,15 +139,17 @@ def run_measurement(measurement: tuple, device: str, output: Path, seconds: floa
 
 def largest_kernels(device: str) -> list[tuple[str, float]]:
     """Return the kernels that take most of a training step of three levels, with their share of the time in percent."""
-    from detectron2.modeling import build_model
     from detectron2.utils.events import EventStorage
 
     from samdetr.cli.measurement import RandomBatches, make_step
+    from samdetr.modeling.build import build_detector
 
     name = THREE_LEVELS if device == "cuda" else "quick_schedules/sam_detr_digits_instant_test"
     size = (800, 1333) if device == "cuda" else (64, 64)
     cfg = samdetr.load_config(name, ["MODEL.DEVICE", device, "MODEL.WEIGHTS", ""])
-    step = make_step(cfg, "train", build_model(cfg).train(), RandomBatches(2, size, 8, cfg.MODEL.SAMDETR.NUM_CLASSES))
+    step = make_step(
+        cfg, "train", build_detector(cfg).train(), RandomBatches(2, size, 8, cfg.MODEL.SAMDETR.NUM_CLASSES)
+    )
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
     with EventStorage():

@@ -84,12 +84,7 @@ def draw_query(query, detection, looked, other, image, arguments, predictors) ->
     matched = int(other[0].query_indices[match])
     caption = describe(matched, match, other[0], predictors[1])
     beside = draw_attention(image, other[1], matched, f"{Path(arguments.compare_weights).stem}, {caption}")
-    return draw_pairs([of_equal_height(sheet, beside)], columns=1), f"{title} | {caption}"
-
-
-def of_equal_height(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    height = max(len(left), len(right))
-    return tuple(np.pad(x, ((0, height - len(x)), (0, 0), (0, 0)), constant_values=255) for x in (left, right))
+    return draw_pairs([(sheet, beside)], columns=1), f"{title} | {caption}"
 
 
 def draw_file(file: Path, name: Path, folder: Path, arguments: argparse.Namespace, predictors: list) -> None:

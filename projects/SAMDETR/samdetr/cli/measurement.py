@@ -15,7 +15,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -23,6 +22,7 @@ from ..config import load_config, number_of_classes
 from ..engine.train_step import TrainStep
 from ..errors import UserError
 from ..modeling import SAMDETR, meta_arch
+from ..modeling.build import build_detector
 from ..solver import MovingAverage, autocast, build_optimizer, set_float32_precision
 
 _PART = "part: "  # how the profiler's ranges of parts begin
@@ -181,7 +181,7 @@ def measure(
     torch.set_flush_denormal(True)  # as training does
     set_float32_precision(cfg)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
-    model = build_model(cfg).train(task != "inference")
+    model = build_detector(cfg).train(task != "inference")
     step = make_step(cfg, task, model, RandomBatches(batch, size, boxes, number_of_classes(cfg)[1] or 1))
     start = resident_kibibytes()
     times = []

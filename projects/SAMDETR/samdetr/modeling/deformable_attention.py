@@ -12,7 +12,20 @@ from torch import Tensor, nn
 from ..ops.deformable_sampling import deformable_sampling
 from ..ops.runtime import upload
 
-__all__ = ["MultiScaleDeformableAttention"]
+__all__ = ["MultiScaleDeformableAttention", "initial_offsets"]
+
+
+def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
+    """Return the published start of the sampling offsets, (M * V * P * 2,): each head looks along a ray of its own.
+
+    Its p-th point is p pixels out, at every level.
+    """
+    angles = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
+    rays = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    rays = rays / rays.abs().amax(dim=-1, keepdim=True)  # onto the square around the pixel
+    distances = torch.arange(1, num_points + 1, dtype=torch.float32)
+    offsets = rays[:, None, None] * distances[:, None]  # (M, 1, P, 2)
+    return offsets.expand(-1, num_levels, -1, -1).flatten()
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -40,13 +53,8 @@ class MultiScaleDeformableAttention(nn.Module):
     def _initialize(self) -> None:
         """Initialise as published: one ray per head, with the p-th point p pixels out, and uniform attention."""
         nn.init.zeros_(self.sampling_offsets.weight)
-        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
-        rays = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        rays = rays / rays.abs().amax(dim=-1, keepdim=True)  # onto the square around the pixel
-        distances = torch.arange(1, self.num_points + 1, dtype=torch.float32)
-        offsets = rays[:, None, None] * distances[:, None]  # (M, 1, P, 2)
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
+            self.sampling_offsets.bias.copy_(initial_offsets(self.num_heads, self.num_levels, self.num_points))
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
         for projection in (self.value, self.output):

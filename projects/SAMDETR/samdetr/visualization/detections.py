@@ -101,7 +101,7 @@ def draw_beside_truth(
 
 
 def draw_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray]], columns: int = 4) -> np.ndarray:
-    """Arrange pairs of pictures of equal height, such as ground truth and detections, on one white sheet.
+    """Arrange pairs of pictures, such as ground truth and detections, on one white sheet.
 
     Args:
         pairs: (H, W, 3) uint8 each.
@@ -109,18 +109,16 @@ def draw_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray]], columns: int = 4)
     """
     sheet = []
     for start in range(0, len(pairs), columns):
-        row = [
-            _framed(np.concatenate([left, _white(left.shape[0], 2), right], axis=1))
-            for left, right in pairs[start : start + columns]
-        ]
+        row = [_framed(_beside(left, right)) for left, right in pairs[start : start + columns]]
         height = max(pair.shape[0] for pair in row)
         sheet.append(np.concatenate([_padded(pair, height, pair.shape[1]) for pair in row], axis=1))
     width = max(row.shape[1] for row in sheet)
     return np.concatenate([_padded(row, row.shape[0], width) for row in sheet])
 
 
-def _white(height: int, width: int) -> np.ndarray:
-    return np.full((height, width, 3), 255, np.uint8)
+def _beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    height = max(len(left), len(right))
+    return np.concatenate([_padded(left, height, left.shape[1] + 2), _padded(right, height, right.shape[1])], axis=1)
 
 
 def _framed(picture: np.ndarray) -> np.ndarray:

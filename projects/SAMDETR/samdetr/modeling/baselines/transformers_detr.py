@@ -8,7 +8,6 @@ Shapes: B images, Q queries, C model width, K classes, L decoder layers; a pixel
 """
 
 import contextlib
-import math
 import warnings
 from collections.abc import Iterator
 
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 from ...errors import import_extra
 from ...ops.runtime import upload
+from ..deformable_attention import initial_offsets
 from ..feature_projection import make_padding_mask
 from ..layers import MLP, start_heads_, start_projections_, xavier_uniform_matrices_
 from ..meta_arch import SetDetector, used_features
@@ -167,11 +167,7 @@ def start_as_published_(network: nn.Module) -> None:
 
 def _start_deformable_attention_(module: nn.Module) -> None:
     """Let each head look in a direction of its own, at its n-th point n pixels away, with equal weights."""
-    angle = torch.arange(module.n_heads) * (2 * math.pi / module.n_heads)
-    direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    direction = (direction / direction.abs().amax(-1, keepdim=True))[:, None, None]
-    steps = torch.arange(1, module.n_points + 1)[:, None]
-    module.sampling_offsets.bias.copy_((direction * steps).expand(-1, module.n_levels, -1, -1).flatten())
+    module.sampling_offsets.bias.copy_(initial_offsets(module.n_heads, module.n_levels, module.n_points))
     for parameter in (module.sampling_offsets.weight, *module.attention_weights.parameters(), module.value_proj.bias):
         nn.init.zeros_(parameter)
 
