@@ -37,6 +37,18 @@ ODD_WIDTH = [
         (["MODEL.SAMDETR.ALIGNER.NAME", "X"], r"ALIGNER\.NAME is 'X'.*IdentityAligner, SemanticsAligner"),
         (["MODEL.SAMDETR.ENCODER.NAME", "X"], r"ENCODER\.NAME is 'X'.*DeformableTransformerEncoder"),
         (["MODEL.SAMDETR.QUERY_GENERATOR.NAME", "X"], r"QUERY_GENERATOR\.NAME is 'X'.*DenoisingQueryGenerator"),
+        (
+            [option for name in ("CLASS", "L1", "GIOU") for option in (f"MODEL.SAMDETR.LOSS.{name}_WEIGHT", 0.0)],
+            r"All weights in MODEL\.SAMDETR\.LOSS are 0",
+        ),
+        (
+            ["TEST.EXPECTED_RESULTS", [["box", "AP", 50.0, 0.1]]],
+            r"has the entry .*: each is \['bbox', metric, value, tolerance\]",
+        ),
+        (
+            ["TEST.EXPECTED_RESULTS", [["bbox", "AP", 50.0, 0.1]], "DATASETS.TEST", ("digits_val", "digits_val_20")],
+            r"EXPECTED_RESULTS is for one dataset, but DATASETS\.TEST names several",
+        ),
         (["MODEL.SAMDETR.NUM_HEADS", 5], r"HIDDEN_DIM \(32\) is not divisible by MODEL\.SAMDETR\.NUM_HEADS \(5\)"),
         (["MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 7], r"HIDDEN_DIM \(32\) is not divisible by .*NUM_GROUPS \(7\)"),
         (["MODEL.SAMDETR.ALIGNER.REDUCTION", 5], r"HIDDEN_DIM \(32\) is not divisible by .*ALIGNER\.REDUCTION \(5\)"),

@@ -12,7 +12,7 @@ from detectron2.utils.env import seed_all_rng
 from helpers import BEYOND, DN, load_config, make_input, tiny_config, tiny_model
 from samdetr.checkpoint import CheckedCheckpointer, Checkpoint
 from samdetr.engine import Trainer
-from samdetr.engine.trainer import freeze_unused_backbone
+from samdetr.engine.trainer import compare_with_expected, freeze_unused_backbone
 from samdetr.errors import UserError
 
 
@@ -127,6 +127,15 @@ def test_evaluations_without_an_ap_do_not_end_a_run(results, tmp_path, monkeypat
     train(cfg)
     assert states(tmp_path)["trainer"]["iteration"] == cfg.SOLVER.MAX_ITER - 1
     assert not (tmp_path / "model_best.pth").exists()
+
+
+def test_results_are_compared_with_the_expected_ones():
+    cfg = tiny_config("DATASETS.TEST", ("digits_val_20",), "TEST.EXPECTED_RESULTS", [["bbox", "AP", 50.0, 1.0]])
+    compare_with_expected(cfg, {"bbox": {"AP": 49.5}})
+    with pytest.raises(SystemExit):
+        compare_with_expected(cfg, {"bbox": {"AP": 48.5}})
+    with pytest.raises(UserError, match=r"TEST\.EXPECTED_RESULTS: digits_val_20 has no annotated objects"):
+        compare_with_expected(cfg, {})
 
 
 def test_an_error_in_the_last_step_is_not_kept_waiting_by_the_final_evaluation(tmp_path, monkeypatch):

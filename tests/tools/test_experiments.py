@@ -259,12 +259,13 @@ groups:
     assert [r["name"] for r in json.loads((tmp_path / "out" / "experiments.json").read_text())] == ["good"]
 
 
-def test_the_documented_table_is_that_of_the_documented_curves():
-    experiment = read_experiment(ROOT / "tools" / "experiments" / "digits.yaml")
+@pytest.mark.parametrize(("name", "folder"), [("digits", "."), ("published", "published")])
+def test_the_documented_table_is_that_of_the_documented_curves(name, folder):
+    experiment = read_experiment(ROOT / "tools" / "experiments" / f"{name}.yaml")
     names = {run.name for run in experiment.runs}
-    table = make_table(experiment, read_results(ROOT / "tools" / "experiments" / "results" / "experiments.json", names))
-    assert table in (ROOT / "docs" / "results.md").read_text()
-    assert {"detr_baseline", "sam_detr"} <= names
+    results = ROOT / "tools" / "experiments" / "results" / folder / "experiments.json"
+    assert make_table(experiment, read_results(results, names)) in (ROOT / "docs" / "results.md").read_text()
+    assert "detr_baseline" in names
 
 
 @pytest.mark.parametrize("name", ["digits", "published"])

@@ -440,7 +440,7 @@ class Trainer(DefaultTrainer):
             finally:
                 self.after_train()
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
-            verify_results(self.cfg, self._last_eval_results)
+            compare_with_expected(self.cfg, self._last_eval_results)
         return getattr(self, "_last_eval_results", None)
 
     def _complete_final_checkpoint(self) -> None:
@@ -613,5 +613,18 @@ def evaluate(cfg) -> dict:
     if comm.is_main_process():
         stem = os.path.splitext(os.path.basename(cfg.MODEL.WEIGHTS))[0] or "random_weights"
         write_results(cfg, results, f"evaluation_{stem}.json", cfg.MODEL.WEIGHTS)
-        verify_results(cfg, results)
+        compare_with_expected(cfg, results)
     return results
+
+
+def compare_with_expected(cfg, results: dict) -> None:
+    """End the program with status 1, if the results of an evaluation are not those of ``TEST.EXPECTED_RESULTS``.
+
+    Raises:
+        UserError: there is no AP to compare.
+    """
+    if cfg.TEST.EXPECTED_RESULTS and not results.get("bbox"):
+        raise UserError(
+            f"TEST.EXPECTED_RESULTS: {cfg.DATASETS.TEST[0]} has no annotated objects, and so no AP to compare."
+        )
+    verify_results(cfg, results)
