@@ -110,8 +110,10 @@ def test_names_are_drawn_as_text(tool, run_folder, pictures, tmp_path):
     arguments = ["--weights", tmp_path / "odd.pth", "--input", pictures, "--output", tmp_path / "out"]
     status, printed = tool("predict", *arguments, "--score-threshold", 0.0)
     assert status == 0, printed
-    drawn = [np.asarray(Image.open(folder / "two.jpg")) for folder in (tmp_path / "out", pictures)]
-    assert drawn[0].shape == drawn[1].shape and not np.array_equal(*drawn)
+    plain = ["--weights", run_folder / "model_final.pth", "--input", pictures, "--output", tmp_path / "plain"]
+    assert tool("predict", *plain, "--score-threshold", 0.0)[0] == 0
+    drawn = [np.asarray(Image.open(tmp_path / folder / "two.jpg")) for folder in ("out", "plain")]
+    assert drawn[0].shape == drawn[1].shape and not np.array_equal(*drawn)  # the same boxes with other names
     arguments = ["--weights", tmp_path / "odd.pth", "--input", pictures / "two.jpg", "--output", tmp_path / "attention"]
     status, printed = tool("visualize_attention", *arguments, "--score-threshold", 0.0)
     assert status == 0, printed

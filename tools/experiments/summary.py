@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from experiment import Experiment
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
@@ -77,7 +78,8 @@ def make_plot(experiment: Experiment, results: list[dict]) -> Figure:
             for number, name in enumerate(names):
                 if column and name not in timed:
                     continue
-                draw_mean(axis, curves_of(results, name), column, name, f"C{number}", list(goals.values()))
+                color = colormaps["tab20"](number % 20) if len(names) > 10 else f"C{number}"
+                draw_mean(axis, curves_of(results, name), column, name, color, list(goals.values()))
             highest = max(point[2] for name in names for curve in curves_of(results, name) for point in curve)
             for number, (name, ap) in enumerate(goals.items()):
                 if ap <= 1.5 * highest:  # otherwise it would flatten the curves
@@ -89,15 +91,15 @@ def make_plot(experiment: Experiment, results: list[dict]) -> Figure:
     return figure
 
 
-def draw_mean(axis, curves: list, column: int, name: str, color: str, goals: list[float]) -> None:
+def draw_mean(axis, curves: list, column: int, name: str, color, goals: list[float]) -> None:
     """Draw a run's mean and spread over its seeds, with rings where the mean first reaches each goal."""
     seconds = seconds_per_step(curves)
     steps = sorted(set.intersection(*({point[0] for point in curve} for curve in curves)))
     by_step = [[next(point for point in curve if point[0] == step) for curve in curves] for step in steps]
     points = [[step, step * seconds, fmean(p[2] for p in same)] for step, same in zip(steps, by_step)]
     reached = [first_reaching(points, goal) for goal in goals]
-    where = ", ".join(str(point[0]) if point else "never" for point in reached)
-    label = f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)}; reached at {where})"
+    where = ", ".join(f"at {point[0]}" if point else "not" for point in reached)
+    label = f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)}; reached {where})"
     x = [point[column] for point in points]
     axis.plot(x, [point[2] for point in points], color=color, label=label)
     if len(curves) > 1:
