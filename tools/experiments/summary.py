@@ -92,7 +92,7 @@ def make_plot(experiment: Experiment, results: list[dict]) -> Figure:
 
 
 def draw_mean(axis, curves: list, column: int, name: str, color, goals: list[float]) -> None:
-    """Draw a run's mean and spread over its seeds, in any of matplotlib's colours; rings are where it first reaches each goal."""
+    """Draw a run's mean and spread over its seeds, in a colour of matplotlib; rings are where it first reaches each goal."""
     seconds = seconds_per_step(curves)
     steps = sorted(set.intersection(*({point[0] for point in curve} for curve in curves)))
     by_step = [[next(point for point in curve if point[0] == step) for curve in curves] for step in steps]
