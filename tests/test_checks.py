@@ -110,6 +110,10 @@ ODD_WIDTH = [
         (["MODEL.SAMDETR.ALIGNER.REDUCTION", 0], r"ALIGNER\.REDUCTION is 0: it must be at least 1"),
         (["SOLVER.NON_FINITE", "ignore"], r"NON_FINITE is 'ignore': choose from 'stop', 'skip'"),
         (["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "float16"], r"'float16' needs CUDA: use 'bfloat16'"),
+        (
+            ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True]],
+            r"DEFORM_ON_PER_STAGE .* cannot train on the CPU: set MODEL\.DEVICE cuda, or DEFORM_ON_PER_STAGE \[False",
+        ),
         (["SOLVER.ACCUMULATION_STEPS", 17], r"ACCUMULATION_STEPS is 17: it must be between 1 and .*\(16\)"),
         (["SOLVER.PATIENCE", 3, "TEST.EVAL_PERIOD", 0], r"PATIENCE is 3, but nothing is evaluated during training"),
         (["SOLVER.EMA.DECAY", 1.0], r"EMA\.DECAY is 1\.0: it must be at least 0 and at most 0\.999"),

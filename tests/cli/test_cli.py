@@ -1,5 +1,6 @@
 """The command samdetr: what each subcommand offers, and that it does what its script does."""
 
+import errno
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ import pytest
 
 from processes import ROOT, as_torchrun, run_script
 from samdetr.cli import COMMANDS, make_parser
+from samdetr.cli.common import run
 
 DOORS = {
     "train": "train_net.py",
@@ -104,6 +106,16 @@ def test_a_checkpoint_alone_is_evaluated(trained_run, tmp_path):
     written = [folder / "evaluation.json", tmp_path / "evaluation_model_final.json"]
     results = [json.loads(path.read_text())["results"]["bbox"] for path in written]
     assert results[0] == pytest.approx(results[1], abs=0, nan_ok=True)
+
+
+def test_a_full_disk_is_said_with_its_remedy():
+    def fill_the_disk():
+        raise OSError(errno.ENOSPC, "No space left on device", "drawings/1.jpg")
+
+    with pytest.raises(
+        SystemExit, match=r"^error: .*No space left on device: 'drawings/1\.jpg': make room, or write to"
+    ):
+        run(fill_the_disk)
 
 
 @pytest.mark.slow

@@ -157,6 +157,13 @@ def test_more_parts_than_images_per_process_are_refused_in_words():
         run_steps(make_step(tiny_model(), BATCH, "SOLVER.ACCUMULATION_STEPS", 6))
 
 
+def test_a_batch_norm_over_one_value_says_what_to_raise():
+    options = ["MODEL.RESNETS.NORM", "BN"]
+    step = make_step(tiny_model(*options), [make_input(height=4, width=4)], *options)
+    with pytest.raises(UserError, match=r"images at a time: 1\): raise SOLVER\.IMS_PER_BATCH or INPUT\.MIN_SIZE_TRAIN"):
+        step.run_step()
+
+
 def test_skipping_without_end_stops():
     options = ["SOLVER.NON_FINITE", "skip"]
     step = make_step(frozen_statistics(tiny_model(*options)), poisoned("b.jpg")[1:2], *options)

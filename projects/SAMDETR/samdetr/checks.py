@@ -53,7 +53,7 @@ def check_config(
     check_model(cfg)
     _check_unsupported(cfg)
     _check_choices(cfg, RUN_CHOICES)
-    _check_device(cfg)
+    _check_device(cfg, training)
     _check_precision(cfg)
     _check_input(cfg)
     if training:
@@ -116,7 +116,7 @@ def _check_same_classes(name: str, found: list[str], others: dict[str, list[str]
             raise UserError(f"The dataset {name!r} does not fit {other}: {error}") from error
 
 
-def _check_device(cfg: CfgNode) -> None:
+def _check_device(cfg: CfgNode, training: bool) -> None:
     try:
         device = torch.device(str(cfg.MODEL.DEVICE))
     except RuntimeError as error:
@@ -126,6 +126,11 @@ def _check_device(cfg: CfgNode) -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but there are {torch.cuda.device_count()} CUDA devices here."
+        )
+    if training and device.type == "cpu" and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+        raise UserError(
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE has deformable convolutions, which detectron2 cannot train on the CPU: set "
+            "MODEL.DEVICE cuda, or DEFORM_ON_PER_STAGE [False, False, False, False]."
         )
 
 

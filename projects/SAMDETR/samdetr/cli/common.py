@@ -1,6 +1,7 @@
 """What the commands have in common: options for a trained model, outputs, and how they end on a mistake."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -134,6 +135,7 @@ def run(main: Callable[[], int | None], **options: str) -> None:
         option = f"{named[error.argument]}: " if error.argument in named else ""
         sys.exit(f"error: {option}{error}")
     except OSError as error:
-        sys.exit(f"error: {error}")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        sys.exit(f"error: {error}{': make room, or write to another folder.' if full else ''}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -30,6 +30,21 @@ def step_seed(seed: int, iteration: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1)[0])
 
 
+@contextlib.contextmanager
+def _too_few_values_explained(num_images: int):
+    """Say what to do when a BatchNorm has one value per channel, as torch does not."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"BatchNorm has one value per channel to normalise (images at a time: {num_images}): raise "
+            "SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, lower SOLVER.ACCUMULATION_STEPS, or use a norm of another kind "
+            "(MODEL.RESNETS.NORM 'FrozenBN' or 'GN')."
+        ) from error
+
+
 class TrainStep(SimpleTrainer):
     """One step of training, in place of detectron2's SimpleTrainer and AMPTrainer.
 
@@ -129,7 +144,7 @@ class TrainStep(SimpleTrainer):
             last = i == len(parts) - 1
             wait = isinstance(self.model, DistributedDataParallel) and not last
             with self.model.no_sync() if wait else contextlib.nullcontext():
-                with self.autocast():
+                with self.autocast(), _too_few_values_explained(len(part)):
                     part_losses = self.model(part, **options)
                 total = torch.stack(list(part_losses.values())).sum()
                 self.scaler.scale(total * share).backward()
