@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from ..data import read_coco, read_voc, read_yolo
-from ..data.coco_format import CocoAnnotations, Report
+from ..data.coco_format import CocoAnnotations
+from ..data.findings import Report
 from ..data.images import SizeMismatchError, open_picture
 from ..errors import UserError
 

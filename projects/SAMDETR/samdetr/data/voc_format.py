@@ -17,7 +17,8 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import UserError
-from .coco_format import CocoAnnotations, Report, call_cached, read_coco_content
+from .coco_format import CocoAnnotations, call_cached, read_coco_content
+from .findings import Report
 
 __all__ = ["read_voc", "voc_list"]
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError, did_you_mean
-from .coco_format import CocoAnnotations, Report, read_coco_content
+from .coco_format import CocoAnnotations, read_coco_content
+from .findings import Report
 from .images import read_size
 
 __all__ = ["read_yolo", "yolo_root"]
