@@ -51,10 +51,14 @@ PLAIN = ["MODEL.SAMDETR.CROSS_ATTENTION.NAME", "CrossAttention"]
 DN = ["MODEL.SAMDETR.QUERY_GENERATOR.NAME", "DenoisingQueryGenerator"]
 
 
-# What goes beyond the paper: reference boxes selected from the encoder, and a dense head.
+# Beyond the paper: denoising with negatives, and what needs no denoising.
+CONTRASTIVE = [*DN, "MODEL.SAMDETR.QUERY_GENERATOR.DN_NEGATIVES", True]
+
+
 BEYOND = [
     *("MODEL.SAMDETR.QUERY_GENERATOR.SELECT_FROM_ENCODER", True, "MODEL.SAMDETR.DENSE_HEAD.ENABLED", True),
     *("MODEL.SAMDETR.ANCHOR_SIZE", 0.2, "MODEL.SAMDETR.QUERY_GENERATOR.CONTENT_FROM_ENCODER", True),
+    *("MODEL.SAMDETR.DECODER.LOOK_FORWARD_TWICE", True, "MODEL.SAMDETR.LOSS.IOU_AWARE", True),
 ]
 
 

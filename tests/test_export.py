@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import BEYOND, DN, ROOT, SMCA, TWO_LEVELS, tiny_config, tiny_model
+from helpers import BEYOND, CONTRASTIVE, ROOT, SMCA, TWO_LEVELS, tiny_config, tiny_model
 from samdetr.cli.export import largest_difference, share_found
 from samdetr.export import (
     ExportableModel,
@@ -58,7 +58,7 @@ def test_a_network_of_timm_is_traced(tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_every_kind_of_file_and_checks_it(tool, pictures, tmp_path, monkeypatch):
     """Of a model with all parts, from one tracing and one file of ONNX, since each takes long. They run alone."""
-    predictor = make_predictor(*SMCA, *TWO_LEVELS, *DN, *BEYOND)
+    predictor = make_predictor(*SMCA, *TWO_LEVELS, *CONTRASTIVE, *BEYOND)
     data = {"model": predictor.model.state_dict(), "class_names": predictor.class_names}
     torch.save({**data, "config": predictor.cfg.dump()}, tmp_path / "one.pth")
     weights = ["--weights", tmp_path / "one.pth"]

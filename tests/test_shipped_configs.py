@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 
 import samdetr
 from helpers import ROOT, load_config, load_experiment, make_input
+from samdetr.checkpoint import CheckedCheckpointer
 from samdetr.checks import check_model
 from samdetr.solver import build_optimizer
 
@@ -52,8 +53,11 @@ OTHER_DETECTORS = [
 ]
 
 
+EXPERIMENT_CONFIGS = ROOT / "tools" / "experiments" / "configs"
 EXPERIMENTS = sorted(
-    path.stem for path in (ROOT / "tools" / "experiments" / "configs").glob("*.yaml") if path.stem != "Base-Experiment"
+    str(path.relative_to(EXPERIMENT_CONFIGS).with_suffix(""))
+    for path in EXPERIMENT_CONFIGS.rglob("*.yaml")
+    if path.stem != "Base-Experiment"
 )
 
 
@@ -200,8 +204,28 @@ def test_bccd_models_train_and_evaluate(name):
     assert [[f"bccd_{split}", "BCCD", split] for split in ("train", "val", "test")] == cfg.DATASETS.VOC_FORMAT
 
 
+def check_reloading(model, cfg, folder):
+    """Check that a model that was saved, and loaded into another one, detects the same."""
+    CheckedCheckpointer(model, str(folder), complete=True).save("model")
+    loaded = build_model(cfg)
+    CheckedCheckpointer(loaded, complete=True).load(str(folder / "model.pth"))
+    with torch.no_grad():
+        expected, found = (each.eval()([make_input(64, 80)])[0]["instances"] for each in (model, loaded))
+    assert len(expected) > 0
+    assert torch.equal(found.scores, expected.scores) and torch.equal(found.pred_classes, expected.pred_classes)
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_the_demo_is_the_sam_detr_plus_of_the_experiment():
+    demo, experiment = load_config("sam_detr_plus_digits"), load_experiment("sam_detr_plus")
+    for cfg in (demo, experiment):  # what has no effect on the weights
+        cfg.SOLVER.CHECKPOINT_PERIOD = cfg.TEST.EVAL_PERIOD = cfg.TEST.IMS_PER_BATCH = cfg.DATALOADER.NUM_WORKERS = 0
+        cfg.OUTPUT_DIR = ""
+    assert demo == experiment
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiments_differ_in_the_model_and_what_their_configs_say(name):
+def test_experiments_differ_in_the_model_and_what_their_configs_say(name, tmp_path):
     cfg = load_experiment(name)
     base = load_experiment("Base-Experiment")
     for key in ("MAX_ITER", "STEPS", *["BASE_LR"] * (name in ("faster_rcnn_tuned", "sam_detr_plus"))):
@@ -209,7 +233,9 @@ def test_experiments_differ_in_the_model_and_what_their_configs_say(name):
     cfg.TEST.EVAL_PERIOD = base.TEST.EVAL_PERIOD
     assert cfg.SOLVER == base.SOLVER and cfg.TEST == base.TEST
     assert cfg.INPUT == base.INPUT and cfg.DATASETS == base.DATASETS and cfg.DATALOADER == base.DATALOADER
-    train_two_steps(cfg)
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+    model, _ = train_two_steps(cfg)
+    check_reloading(model, cfg, tmp_path)
 
 
 @pytest.mark.parametrize("name", COCO_CONFIGS)

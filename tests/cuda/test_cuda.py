@@ -10,7 +10,19 @@ import os
 import pytest
 import torch
 
-from helpers import BATCH, BEYOND, DN, MULTI_SCALE, SMCA, Batches, load_config, make_input, tiny_config, tiny_model
+from helpers import (
+    BATCH,
+    BEYOND,
+    CONTRASTIVE,
+    DN,
+    MULTI_SCALE,
+    SMCA,
+    Batches,
+    load_config,
+    make_input,
+    tiny_config,
+    tiny_model,
+)
 from samdetr.engine import Trainer
 from samdetr.engine.train_step import TrainStep
 from samdetr.modeling.build import build_detector
@@ -30,7 +42,7 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="only a GPU can show this")
 TINY = {
     "smca dn": [*SMCA, *DN],
     "three levels smca dn": [*SMCA, *DN, *MULTI_SCALE],
-    "beyond": [*SMCA, *DN, *MULTI_SCALE, *BEYOND],
+    "beyond": [*SMCA, *CONTRASTIVE, *MULTI_SCALE, *BEYOND],
 }
 COCO = ["sam_detr_R_50_1x", "sam_detr_smca_R_50_1x", "sam_detr_smca_R_50_DC5_1x", "sam_detr_pp_smca_R_50_1x"]
 PADDED = [make_input(96, 128, [(5, 5, 90, 80), (40, 20, 120, 90)], [3, 7]), make_input(64, 100, [(9, 5, 50, 60)], [1])]
@@ -150,7 +162,7 @@ def run_steps(step, number):
 def test_mixed_precision_stays_close_to_float32(precision):
     if precision == "float16" and not GPU:
         pytest.skip("only a GPU can show this")
-    options = [*SMCA, *DN, *MULTI_SCALE, *BEYOND]
+    options = [*SMCA, *CONTRASTIVE, *MULTI_SCALE, *BEYOND]
     model = moved(tiny_model(*options))
     half = copy.deepcopy(model)
     expected = run_steps(make_step(model, *options), 1)
@@ -174,7 +186,7 @@ def test_a_float16_overflow_leaves_the_weights_and_halves_the_scale():
 
 
 def test_a_batch_without_boxes():
-    model = moved(tiny_model(*SMCA, *DN, *MULTI_SCALE, *BEYOND))
+    model = moved(tiny_model(*SMCA, *CONTRASTIVE, *MULTI_SCALE, *BEYOND))
     losses = model([make_input(64, 64), make_input(48, 80)])
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
@@ -182,7 +194,7 @@ def test_a_batch_without_boxes():
 
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path):
     precision = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "float16"] if GPU else []
-    options = [*SMCA, *DN, *BEYOND, *precision, "SOLVER.EMA.ENABLED", True, "MODEL.DEVICE", DEVICE, "SEED", 5]
+    options = [*SMCA, *CONTRASTIVE, *BEYOND, *precision, "SOLVER.EMA.ENABLED", True, "MODEL.DEVICE", DEVICE, "SEED", 5]
     options += ["SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (4,), "SOLVER.CHECKPOINT_PERIOD", 3, "DATASETS.TEST", ()]
     options += ["SOLVER.IMS_PER_BATCH", 4, "DATALOADER.NUM_WORKERS", 0, "INPUT.MIN_SIZE_TRAIN", (64,)]
 

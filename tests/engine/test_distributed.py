@@ -11,7 +11,7 @@ import torch.multiprocessing
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 
-from helpers import BATCH, BEYOND, DN, ROOT, SMCA, frozen_statistics, make_step, run_steps, tiny_model
+from helpers import BATCH, BEYOND, CONTRASTIVE, ROOT, SMCA, frozen_statistics, make_step, run_steps, tiny_model
 from processes import CONFIG, Script, as_torchrun, environment, free_port, run_script, start_processes
 from samdetr.modeling.criterion import average_over_processes
 
@@ -68,7 +68,7 @@ def test_two_processes_do_what_one_does(batch, options, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_without_boxes_neither_hangs_nor_differs_with_denoising(tmp_path):
-    two = train_with(2, tmp_path / "two", [*SMCA, *DN, *BEYOND], UNEVEN)
+    two = train_with(2, tmp_path / "two", [*SMCA, *CONTRASTIVE, *BEYOND], UNEVEN)
     assert all(torch.equal(two[0]["weights"][name], value) for name, value in two[1]["weights"].items())
     assert all(gradient.isfinite().all() for gradient in two[0]["gradients"].values())
 

@@ -10,6 +10,7 @@ import torch
 from helpers import (
     BATCH,
     BEYOND,
+    CONTRASTIVE,
     DN,
     MULTI_SCALE,
     SMCA,
@@ -36,8 +37,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
         assert torch.allclose(a.grad, b.grad, atol=1e-4 * a.grad.abs().max().clamp(min=1e-3)), name
 
 
-def test_denoising_losses_are_normalised_by_the_whole_batch():
-    model = tiny_model(*DN)
+@pytest.mark.parametrize("options", [DN, CONTRASTIVE], ids=["dn", "negatives"])
+def test_denoising_losses_are_normalised_by_the_whole_batch(options):
+    model = tiny_model(*options)
     normalizers = model.loss_normalizers([BATCH[:2], BATCH[2:]])
     assert normalizers.tolist() == [6, 5 * 6]
     part = model(BATCH[:1], normalizers=normalizers)
@@ -46,7 +48,9 @@ def test_denoising_losses_are_normalised_by_the_whole_batch():
     assert part["loss_l1"].item() == pytest.approx(alone["loss_l1"].item() * 2 / 6, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [SMCA, [*SMCA, *DN, *MULTI_SCALE, *BEYOND]], ids=["single-scale", "multi-scale"])
+@pytest.mark.parametrize(
+    "options", [SMCA, [*SMCA, *CONTRASTIVE, *MULTI_SCALE, *BEYOND]], ids=["single-scale", "multi-scale"]
+)
 def test_bfloat16_trains_and_stays_close_to_float32(options):
     full = tiny_model(*options)
     half = copy.deepcopy(full)

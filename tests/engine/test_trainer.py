@@ -9,7 +9,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from helpers import BEYOND, DN, load_config, make_input, tiny_config, tiny_model
+from helpers import BEYOND, CONTRASTIVE, load_config, make_input, tiny_config, tiny_model
 from samdetr.checkpoint import CheckedCheckpointer, Checkpoint
 from samdetr.engine import Trainer
 from samdetr.engine.trainer import compare_with_expected, freeze_unused_backbone
@@ -43,7 +43,7 @@ def trainer_config(folder, *options):
     return tiny_config(
         *("OUTPUT_DIR", str(folder), "SOLVER.IMS_PER_BATCH", 4, "DATALOADER.NUM_WORKERS", 0, "SEED", 5),
         *("SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (4,), "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", ()),
-        *("INPUT.MIN_SIZE_TRAIN", (64,), *DN, *BEYOND, *options),
+        *("INPUT.MIN_SIZE_TRAIN", (64,), *CONTRASTIVE, *BEYOND, *options),
     )
 
 
@@ -188,6 +188,18 @@ def test_epochs_set_the_length_of_run_and_schedule(tmp_path):
     assert trainer.max_iter == trainer.cfg.SOLVER.MAX_ITER == 4 and trainer.cfg.SOLVER.STEPS == (2,)
 
 
+def test_a_cosine_goes_over_the_epochs_after_a_warm_up(tmp_path):
+    cfg = trainer_config(
+        *(tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 20, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
+        *("SOLVER.MAX_ITER", 10, "SOLVER.STEPS", (), "SOLVER.WARMUP_ITERS", 1, "SOLVER.BASE_LR_END", 0.0),
+    )
+    trainer = Trainer(cfg)
+    multiplier = trainer.scheduler._multiplier
+    assert trainer.max_iter == 100 and trainer.cfg.SOLVER.WARMUP_ITERS == 10
+    rates = [multiplier(step / 100) for step in (0, 5, 10, 50, 75, 99)]
+    assert rates == pytest.approx([0.01, 0.5, 0.976, 0.5, 0.146, 0.0], abs=0.02)
+
+
 @pytest.mark.parametrize("damage", ["none", "truncated", "half-written"])
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(damage, tmp_path, caplog):
     """Model, optimizer, schedule, average, order of the data, augmentation and denoising noise, bit for bit."""
@@ -311,7 +323,7 @@ def test_the_average_follows_its_formula_and_is_what_is_evaluated(tmp_path):
         expected = 0.9 * expected + 0.1 * value
     average = trainer.evaluated_model.query_generator.label_embedding.weight
     assert torch.allclose(average, expected, atol=1e-6) and not torch.allclose(average, history[-1])
-    model = tiny_model(*DN, *BEYOND)
+    model = tiny_model(*CONTRASTIVE, *BEYOND)
     CheckedCheckpointer(model, complete=True, use_average=True).load(str(tmp_path / "model_final.pth"))
     assert torch.equal(model.query_generator.label_embedding.weight, average)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import samdetr
-from helpers import BEYOND, DN, MULTI_SCALE, PLAIN, SMCA, load_config, make_input, tiny_config, tiny_model
+from helpers import BEYOND, CONTRASTIVE, DN, MULTI_SCALE, PLAIN, SMCA, load_config, make_input, tiny_config, tiny_model
 from oracles import plain_align, plain_attention
 from samdetr.errors import UserError
 from samdetr.modeling.build import build_detector
@@ -32,7 +32,7 @@ VARIANTS = {
     "conditional dn": [*baseline("ConditionalCrossAttention"), *DN],
     "deformable": [*baseline("DeformableCrossAttention"), *MULTI_SCALE],
     "beyond": [*SMCA, *BEYOND],
-    "multi-scale smca dn beyond": [*SMCA, *DN, *MULTI_SCALE, *BEYOND],
+    "multi-scale smca dn beyond": [*SMCA, *CONTRASTIVE, *MULTI_SCALE, *BEYOND],
     "shared keypoints": [*SMCA, "MODEL.SAMDETR.ALIGNER.NUM_KEYPOINTS", 2],
 }
 

@@ -398,11 +398,12 @@ def test_training_images_are_drawn_with_denoising_queries(tool, run_folder, tmp_
     )
     assert Image.open(tmp_path / "a.png").size[0] > 500
     config = str(ROOT / "configs" / "sam_detr_pp_digits.yaml")
-    cfg = read_config(argparse.Namespace(config_file=config, weights=None, opts=[]))
+    cfg = read_config(argparse.Namespace(config_file=config, weights=None, opts=["INPUT.MOSAIC.PROB", "1.0"]))
     batch = next(iter(build_train_loader(cfg)))[:2]
     figure = draw(batch, cfg)
     left, right = figure.axes[:2]
     boxes = len(batch[0]["instances"])
+    assert boxes > 5  # of four images
     assert len(left.patches) == boxes and len(right.patches) == 2 * boxes
     status, _ = tool("visualize_data", "--output", tmp_path / "b.png")
     assert "Name --config-file, or --weights" in status

@@ -92,14 +92,13 @@ def make_plot(experiment: Experiment, results: list[dict]) -> Figure:
 
 
 def draw_mean(axis, curves: list, column: int, name: str, color, goals: list[float]) -> None:
-    """Draw a run's mean and spread over its seeds, in a colour of matplotlib; rings are where it first reaches each goal."""
+    """Draw a run's mean and spread over its seeds, in a colour; rings are where the mean first reaches each goal."""
     seconds = seconds_per_step(curves)
     steps = sorted(set.intersection(*({point[0] for point in curve} for curve in curves)))
     by_step = [[next(point for point in curve if point[0] == step) for curve in curves] for step in steps]
     points = [[step, step * seconds, fmean(p[2] for p in same)] for step, same in zip(steps, by_step)]
     reached = [first_reaching(points, goal) for goal in goals]
-    where = ", ".join(f"at {point[0]}" if point else "not" for point in reached)
-    label = f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)}; reached {where})"
+    label = f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)})"
     x = [point[column] for point in points]
     axis.plot(x, [point[2] for point in points], color=color, label=label)
     if len(curves) > 1:

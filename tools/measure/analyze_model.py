@@ -267,6 +267,11 @@ def image_sizes(arguments, cfg) -> list[tuple[int, int]]:
     return sizes
 
 
+def giga(number: float) -> str:
+    """Return a number in units of 1e9, with more digits where it is small."""
+    return f"{number / 1e9:.1f}" if number >= 1e9 else f"{number / 1e9:.3f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -298,15 +303,15 @@ def main() -> None:
 
     def row(label: str, part: str) -> list:
         total, trainable = parameters.get(part, (0, 0))
-        return [label, f"{total / 1e6:.2f}", f"{trainable / 1e6:.2f}", f"{flops[part] / 1e9:.1f}"]
+        return [label, f"{total / 1e6:.2f}", f"{trainable / 1e6:.2f}", giga(flops[part])]
 
     if isinstance(model, samdetr.SAMDETR):
         rows = [row(label, part) for part, label in PARTS.items() if part in parameters]
         pieces = [part for part in DECODER_PARTS if f"decoder.{part}" in parameters]
         rows += [row(f"  of it {part.replace('_', ' ')}", f"decoder.{part}") for part in pieces]
-        rows.append(["  of it RoIAlign", "", "", f"{flops['roi_align'] / 1e9:.1f}"])
+        rows.append(["  of it RoIAlign", "", "", giga(flops["roi_align"])])
         rows.append(row("total", "total"))
-        rows.append(["total without RoIAlign", "", "", f"{(flops['total'] - flops['roi_align']) / 1e9:.1f}"])
+        rows.append(["total without RoIAlign", "", "", giga(flops["total"] - flops["roi_align"])])
     else:
         rows = [row(part, part) for part in parameters]
     family = family_of(cfg)
