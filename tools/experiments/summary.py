@@ -87,7 +87,8 @@ def make_plot(experiment: Experiment, results: list[dict]) -> Figure:
                     axis.axhline(ap, label=f"final AP of {name}: {ap:.1f}", **style)
             axis.set(title=group.title, xlabel=label, ylabel="box AP", xlim=(0, None))
             axis.grid(alpha=0.3)
-        axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+        everything = axes[0].get_legend_handles_labels()  # runs that were not timed are in the first panel alone
+        axes[1].legend(*everything, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     return figure
 
 
