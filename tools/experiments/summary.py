@@ -75,6 +75,9 @@ def make_plot(experiment: Experiment, results: list[dict]) -> Figure:
         names = [name for name in (*group.also, *(entry.name for entry in group.runs)) if curves_of(results, name)]
         timed = [name for name in names if seconds_per_step(curves_of(results, name))]
         for axis, column, label in zip(axes, (0, 1), ("training steps", "seconds of training")):
+            if column and not timed:
+                axis.set_axis_off()
+                continue
             for number, name in enumerate(names):
                 if column and name not in timed:
                     continue
@@ -88,7 +91,8 @@ def make_plot(experiment: Experiment, results: list[dict]) -> Figure:
             axis.set(title=group.title, xlabel=label, ylabel="box AP", xlim=(0, None))
             axis.grid(alpha=0.3)
         everything = axes[0].get_legend_handles_labels()  # runs that were not timed are in the first panel alone
-        axes[1].legend(*everything, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+        beside = (1.01 if timed else 0, 1)
+        axes[1].legend(*everything, fontsize=8, loc="upper left", bbox_to_anchor=beside, borderaxespad=0)
     return figure
 
 
