@@ -82,11 +82,19 @@ def test_plot(tmp_path):
     slow = next(line for line in seconds.lines if line.get_label().startswith("slow"))
     assert slow.get_xdata().tolist() == [1.0, 2.0] and slow.get_ydata().tolist() == [0.5, 5.0]
     fast = next(line for line in steps.lines if line.get_label().startswith("fast"))
-    assert "2 seeds; reached at 20" in fast.get_label() and fast.get_ydata().tolist() == [4.0, 6.5]
+    assert fast.get_label() == "fast (2 seeds)" and fast.get_ydata().tolist() == [4.0, 6.5]
+    assert [20] in [list(line.get_xdata()) for line in steps.lines]  # the ring where it reaches slow's 5.0
     assert "final AP of slow: 5.0" in [line.get_label() for line in steps.lines]
     low = make_plot(experiment, [*RESULTS, result("other", 1, (10, 1.0, 2.0))])  # shown beside slow's 5.0
     assert "final AP of slow: 5.0" in [line.get_label() for line in low.axes[2].lines]
     assert len(make_plot(experiment, [*RESULTS, result("other", 1, (10, 1.0, 2.0))]).axes) == 4
+
+
+def test_runs_that_were_not_timed_are_in_the_legend_beside_the_empty_panel(tmp_path):
+    experiment = read_experiment(experiment_file(tmp_path))
+    steps, seconds = make_plot(experiment, [result("slow", 1, (10, 0.0, 2.0))]).axes
+    assert not seconds.axison and steps.axison
+    assert "slow (1 seed)" in [text.get_text() for text in seconds.get_legend().get_texts()]
 
 
 def test_curves_are_read_from_the_metrics(tmp_path):

@@ -25,7 +25,7 @@ ERRORS = {
     "categories without a name": 'Give each its "name".',
     "annotations without an image_id": 'Each names its image, by the image\'s "id", as its "image_id".',
     "annotations of an unknown category": "Add it to the dataset's classes, or correct the annotation.",
-    "annotations without a usable box": "In pixels: COCO's bbox is [x, y, width, height], VOC's bndbox two corners.",
+    "annotations without a usable box": 'In pixels: COCO\'s "bbox" is [x, y, width, height], VOC\'s "bndbox" two corners.',
     "annotations whose iscrowd or ignore is neither yes nor no": "Write 0 or 1.",
     "datasets without images": 'List some: as "images" (COCO), in the split\'s file (VOC), or in the folder (YOLO).',
     "datasets without categories": 'Name the classes: as "categories" (COCO) or "names" (YOLO).',
