@@ -1,6 +1,7 @@
 """Small configs, models, inputs and problems that tests share. Nothing is downloaded."""
 
 import copy
+import functools
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from samdetr.modeling.matcher import HungarianMatcher
 from samdetr.modeling.position_encoding import pixel_position_encoding
 from samdetr.modeling.semantics_aligner import SemanticsAligner
 from samdetr.modeling.structures import AlignedQuery, FeatureLevel, ImageTarget, Predictions
-from seeded_weights import fill
+from seeded_weights import seeded_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -241,8 +242,13 @@ def published_shapes(name):
     return {key: tuple(shape) for key, shape in json.loads((REFERENCE / f"{name}.keys.json").read_text()).items()}
 
 
+@functools.cache  # the published models share most of their parameters
+def seeded(name, shape):
+    return torch.from_numpy(np.asarray(seeded_tensor(name, shape)))
+
+
 def published_state_dict(name):
-    return {key: torch.from_numpy(np.asarray(value)) for key, value in fill(published_shapes(name)).items()}
+    return {key: seeded(key, shape) for key, shape in published_shapes(name).items()}
 
 
 def converted_model(name):
