@@ -88,8 +88,8 @@ def test_photometric_change_leaves_boxes_where_they_are(tmp_path, image_format):
 
 
 def loader(*options):
-    cfg = tiny_config(*ALL, "INPUT.RANDOM_FLIP", "horizontal", "SOLVER.MAX_ITER", 6, *options)
-    return build_train_loader(cfg)
+    common = ["DATASETS.TRAIN", ("digits_val_20",), "INPUT.RANDOM_FLIP", "horizontal", "SOLVER.MAX_ITER", 6]
+    return build_train_loader(tiny_config(*common, *options))
 
 
 def batches(source, number, start=0):
@@ -108,21 +108,20 @@ def assert_same(first, second):
 
 
 def test_all_of_it_together_goes_on_where_it_was_stopped_with_any_number_of_workers():
-    whole = batches(loader(), 4)
-    assert_same(batches(loader(), 4), whole)
-    assert_same(batches(loader("DATALOADER.NUM_WORKERS", 2), 2, start=2), whole[2:])
+    whole = batches(loader(*ALL), 4)
+    assert_same(batches(loader(*ALL), 4), whole)
+    assert_same(batches(loader(*ALL, "DATALOADER.NUM_WORKERS", 2), 2, start=2), whole[2:])
 
 
 def test_augmentation_ends_before_the_last_iterations(caplog):
     with caplog.at_level(logging.INFO):
-        strong = loader("INPUT.AUGMENTATION_OFF_ITERS", 2)
+        strong = loader(*ALL, "INPUT.AUGMENTATION_OFF_ITERS", 2)
     assert "Training images are mixed: Mixing(mosaic_prob=0.5, mixup_prob=0.5)" in caplog.text
     assert "From iteration 4 on" in caplog.text and "LargeScaleJitter" in caplog.text
-    plain = build_train_loader(tiny_config("INPUT.RANDOM_FLIP", "horizontal", "SOLVER.MAX_ITER", 6))
-    found, expected = batches(strong, 6), batches(plain, 6)
+    found, expected = batches(strong, 6), batches(loader(), 6)
     assert_same(found[4:], expected[4:])
-    assert_same(batches(loader("INPUT.AUGMENTATION_OFF_ITERS", 2), 2, start=4), expected[4:])
-    assert_same(found[:4], batches(loader(), 4))
+    assert_same(batches(loader(*ALL, "INPUT.AUGMENTATION_OFF_ITERS", 2), 2, start=4), expected[4:])
+    assert_same(found[:4], batches(loader(*ALL), 4))
     differ = [
         a.shape != b.shape or not torch.equal(a, b)
         for left, right in zip(found[:4], expected)
@@ -132,8 +131,10 @@ def test_augmentation_ends_before_the_last_iterations(caplog):
 
 
 def test_more_boxes_than_queries_are_named(caplog):
-    build_train_loader(tiny_config("INPUT.MOSAIC.PROB", 0.5, "MODEL.SAMDETR.NUM_QUERIES", 6))
-    most = 4 * 5  # an image has up to five digits
+    build_train_loader(
+        tiny_config("DATASETS.TRAIN", ("digits_val_20",), "INPUT.MOSAIC.PROB", 0.5, "MODEL.SAMDETR.NUM_QUERIES", 6)
+    )
+    most = 5 + 5 + 5 + 4  # digits in the four images with the most
     assert f"Mixed images have up to {most} boxes, more than MODEL.SAMDETR.NUM_QUERIES (6)" in caplog.text
 
 

@@ -43,7 +43,7 @@ def trainer_config(folder, *options):
     return tiny_config(
         *("OUTPUT_DIR", str(folder), "SOLVER.IMS_PER_BATCH", 4, "DATALOADER.NUM_WORKERS", 0, "SEED", 5),
         *("SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (4,), "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", ()),
-        *("INPUT.MIN_SIZE_TRAIN", (64,), *CONTRASTIVE, *BEYOND, *options),
+        *("DATASETS.TRAIN", ("digits_val_20",), "INPUT.MIN_SIZE_TRAIN", (64,), *CONTRASTIVE, *BEYOND, *options),
     )
 
 
@@ -182,7 +182,7 @@ def test_a_step_of_the_schedule_at_the_end_or_later_is_left_out(tmp_path, caplog
 
 def test_epochs_set_the_length_of_run_and_schedule(tmp_path):
     cfg = trainer_config(
-        tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 500, "SOLVER.STEPS", (3,), "SOLVER.MAX_ITER", 6
+        tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 5, "SOLVER.STEPS", (3,), "SOLVER.MAX_ITER", 6
     )
     trainer = Trainer(cfg)
     assert trainer.max_iter == trainer.cfg.SOLVER.MAX_ITER == 4 and trainer.cfg.SOLVER.STEPS == (2,)
@@ -190,7 +190,7 @@ def test_epochs_set_the_length_of_run_and_schedule(tmp_path):
 
 def test_a_cosine_goes_over_the_epochs_after_a_warm_up(tmp_path):
     cfg = trainer_config(
-        *(tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 20, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
+        *(tmp_path, "SOLVER.EPOCHS", 20, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
         *("SOLVER.MAX_ITER", 10, "SOLVER.STEPS", (), "SOLVER.WARMUP_ITERS", 1, "SOLVER.BASE_LR_END", 0.0),
     )
     trainer = Trainer(cfg)

@@ -1,5 +1,6 @@
 """samdetr.modeling.meta_arch: the model as a whole."""
 
+import functools
 import math
 
 import pytest
@@ -62,7 +63,7 @@ def test_training_returns_weighted_losses_that_reach_every_parameter(options):
 @pytest.mark.parametrize("options", [SMCA, [*PLAIN, *MULTI_SCALE]], ids=["smca", "multi-scale"])
 def test_losses_and_gradients_equal_the_plain_formulation(options):
     """The whole model against itself with aligner and cross-attention written query by query, pixel by pixel."""
-    model = tiny_model(*options).eval()  # the backbone's running statistics
+    model = tiny_model(*options, "MODEL.SAMDETR.NUM_QUERIES", 6).eval()  # the backbone's running statistics
     model.training = True
     inputs = [make_input(64, 48, TWO_BOXES, [3, 7]), make_input(40, 56, [(0, 0, 20, 20)], [1], seed=1)]
 
@@ -140,10 +141,15 @@ def test_padding_is_invisible_from_the_backbone_on(options):
 sides = st.integers(33, 150)
 
 
+@functools.cache
+def model_of_all_examples():
+    return tiny_model(*SMCA, *MULTI_SCALE, *BEYOND).eval()
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(sides, sides), min_size=2, max_size=3))
 def test_padding_is_invisible_for_any_sizes(sizes):
-    model = tiny_model(*SMCA, *MULTI_SCALE, *BEYOND).eval()
+    model = model_of_all_examples()
     height, width = (math.ceil(max(side) / 32) * 32 for side in zip(*sizes))
     maps = [torch.randn(len(sizes), s.channels, height // s.stride, width // s.stride) for s in shapes_of(model)]
     together = transformer_outputs(model, maps, sizes)
@@ -161,8 +167,7 @@ numbers = st.floats(-50, 150, width=32, allow_subnormal=False)
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(numbers, numbers, numbers, numbers), max_size=6))
 def test_targets_of_any_boxes_are_usable(boxes):
-    model = tiny_model()
-    (target,) = model.prepare_targets([make_input(40, 80, boxes, [1] * len(boxes))])
+    (target,) = model_of_all_examples().prepare_targets([make_input(40, 80, boxes, [1] * len(boxes))])
     assert (target.boxes[:, 2:] > 0).all() and target.boxes.isfinite().all()
     corners = [box for box in boxes if box[2] > box[0] and box[3] > box[1]]
     assert len(target) == len(corners)
