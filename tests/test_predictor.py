@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from run_exported import prepare
 
@@ -138,6 +139,22 @@ def test_checkpoints_that_carry_nothing_need_a_config(checkpoint, tmp_path):
     bare = samdetr.load(tmp_path / "bare.pth", config_file=tmp_path / "config.yaml", class_names=names, device="cpu")
     assert bare.class_names == names
     assert equal(bare(photo()), samdetr.load(path, device="cpu")(photo()))
+
+
+def test_classes_are_in_the_order_of_the_training_data(checkpoint, tmp_path):
+    _, model, _ = checkpoint
+    names = {"trained_on": list("abcdefghij"), "tested_on": list("jihgfedcba")}
+    try:
+        for name, classes in names.items():
+            DatasetCatalog.register(name, list)
+            MetadataCatalog.get(name).thing_classes = classes
+        cfg = tiny_config("DATASETS.TRAIN", ("trained_on",), "DATASETS.TEST", ("tested_on",))
+        torch.save({"model": model.state_dict(), "config": cfg.dump()}, tmp_path / "unnamed.pth")
+        assert samdetr.load(tmp_path / "unnamed.pth", device="cpu").class_names == names["trained_on"]
+    finally:
+        for name in names:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
     with pytest.raises(ValueError, match="3 class names for a model of 10 classes"):
         samdetr.load(path, class_names=["a", "b", "c"], device="cpu")
 

@@ -11,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog
 from PIL import Image
 
 import samdetr
 from samdetr.cli.common import SCORE_THRESHOLD, run
+from samdetr.data import load_records, register_datasets
 from samdetr.visualization import draw_beside_truth, draw_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,9 +24,11 @@ CONFIG = "configs/sam_detr_plus_digits.yaml"
 
 def draw(predictor: samdetr.Predictor, path: Path, num_images: int = 16) -> None:
     """Draw predictions beside the ground truth of the first validation images."""
+    register_datasets(predictor.cfg)
+    records = load_records(predictor.cfg.DATASETS.TEST[0], predictor.class_names)
     pairs = [
         draw_beside_truth(record, predictor(record["file_name"]), predictor.class_names, SCORE_THRESHOLD)
-        for record in DatasetCatalog.get(predictor.cfg.DATASETS.TEST[0])[:num_images]
+        for record in records[:num_images]
     ]
     Image.fromarray(draw_pairs(pairs)).save(path)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -141,6 +142,19 @@ def test_mistakes_end_in_one_line_with_several_processes(tmp_path):
     arguments = ["MODEL.WEIGHTS", tmp_path / "other.pth", "OUTPUT_DIR", tmp_path / "run"]
     codes, output = train_net_by("one machine", *arguments)
     assert codes == [1] and "is of another architecture than the config" in output and "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_an_error_of_a_loader_ends_all_processes_and_their_workers(shapes_root, tmp_path):
+    """Each process has started workers, which would keep it from ending."""
+    shutil.copytree(shapes_root, tmp_path / "damaged")
+    for path in (tmp_path / "damaged").glob("*.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    dataset = ["damaged", str(tmp_path / "damaged" / "annotations.json"), str(tmp_path / "damaged")]
+    options = ["DATASETS.COCO_FORMAT", [dataset], "DATASETS.TRAIN", "('damaged',)", "DATASETS.TEST", "()"]
+    options += ["MODEL.SAMDETR.NUM_CLASSES", 2, "DATALOADER.NUM_WORKERS", 1, "OUTPUT_DIR", tmp_path / "run"]
+    codes, output = train_net_by("one machine", *options)
+    assert codes == [1] and "is not an image that can be read" in output and "Traceback" not in output, output[-3000:]
 
 
 @pytest.mark.slow

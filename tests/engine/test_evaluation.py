@@ -17,6 +17,7 @@ from samdetr.checkpoint import describe_run
 from samdetr.data import load_records, register_datasets
 from samdetr.data.datasets import class_names_of
 from samdetr.engine.evaluation import build_evaluator, evaluate_images, f1, write_results
+from samdetr.errors import UserError
 
 
 def test_f1_by_hand():
@@ -180,6 +181,34 @@ def test_class_names_with_odd_white_space_are_those_of_the_model(shapes_root, tm
         for name in ("odd_names", "made_with_odd_names"):
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("ids", [None, {4: 0, 9: 1}])
+def test_a_dataset_without_a_file_is_evaluated_by_its_cleaned_boxes_again_and_again(ids, shapes_root):
+    """The whole of a box that reaches over the edge, and one without area, would count as objects that nothing can find."""
+    boxes = [([1, 2, 21, 32], 0), ([60, 60, 500, 500], 1), ([5, 5, 5, 9], 1)]
+    annotations = [{"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label} for box, label in boxes]
+    size = {"height": 72, "width": 72}
+    record = {"file_name": str(shapes_root / "1.png"), "image_id": 1, **size, "annotations": annotations}
+    DatasetCatalog.register("made_by_a_function", lambda: [record])
+    MetadataCatalog.get("made_by_a_function").thing_classes = ["a", "b"]
+    if ids:
+        MetadataCatalog.get("made_by_a_function").thing_dataset_id_to_contiguous_id = ids
+    cfg, model = tiny_config(), Repeats([[1, 2, 21, 32], [60, 60, 72, 72]], [0, 1])
+    try:
+        for _ in range(2):
+            evaluation = evaluate_images(cfg, model, "made_by_a_function", None, 0.3, ["a", "b"])
+            assert evaluation.results["AP"] == pytest.approx(100)
+            assert [e["category_id"] for e in evaluation.ground_truth["annotations"]] == list(ids or {0: 0, 1: 1})
+        assert not MetadataCatalog.get("made_by_a_function").get("json_file")
+        annotations[0]["category_id"] = 7
+        with pytest.raises(
+            UserError, match=r"'made_by_a_function'.* has an object of class 7 in image 1, but 2 classes"
+        ):
+            evaluate_images(cfg, model, "made_by_a_function", None, 0.3)
+    finally:
+        DatasetCatalog.remove("made_by_a_function")
+        MetadataCatalog.remove("made_by_a_function")
 
 
 @pytest.mark.parametrize("key", ["VOC_FORMAT", "YOLO_FORMAT"])

@@ -188,6 +188,12 @@ def test_epochs_set_the_length_of_run_and_schedule(tmp_path):
     assert trainer.max_iter == trainer.cfg.SOLVER.MAX_ITER == 4 and trainer.cfg.SOLVER.STEPS == (2,)
 
 
+def test_the_end_without_augmentation_is_scaled_with_the_other_lengths(tmp_path):
+    options = ["SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.IMS_PER_BATCH", 8, "INPUT.AUGMENTATION_OFF_ITERS", 2]
+    cfg = Trainer(trainer_config(tmp_path, *options)).cfg
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.INPUT.AUGMENTATION_OFF_ITERS) == (12, (8,), 4)
+
+
 def test_a_cosine_goes_over_the_epochs_after_a_warm_up(tmp_path):
     cfg = trainer_config(
         *(tmp_path, "SOLVER.EPOCHS", 20, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),

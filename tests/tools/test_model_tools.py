@@ -280,15 +280,18 @@ def test_videos(tool, run_folder, tmp_path):
         writer.write(np.full((64, 96, 3), 40 * i, np.uint8))
     writer.release()
     (tmp_path / "broken.mp4").write_text("no video")
+    Image.new("RGB", (96, 64)).save(tmp_path / "later.png")
     status, printed = tool(
         *("predict", "--weights", run_folder / "model_final.pth", "--output", tmp_path / "out", "--score-threshold", 0),
-        *("--input", tmp_path / "broken.mp4", tmp_path / "film.mp4"),
+        *("--input", tmp_path / "broken.mp4", tmp_path / "film.mp4", tmp_path / "later.png"),
     )
     assert status == 1 and "broken.mp4 is not a video" in printed
     capture = cv2.VideoCapture(str(tmp_path / "out" / "film.mp4"))
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 5 and capture.get(cv2.CAP_PROP_FPS) == 10
     detections = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    assert {d["frame"] for d in detections} == set(range(5))
+    assert {d["frame"] for d in detections if "frame" in d} == set(range(5))
+    ids = [d["image_id"] for d in detections]
+    assert ids == sorted(ids) and set(ids) == {2, 3}  # in the order of the inputs
 
 
 @pytest.mark.slow

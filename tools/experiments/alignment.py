@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 import samdetr
 from samdetr.cli.common import output_file, run
-from samdetr.data import build_test_loader, load_records
+from samdetr.data import build_test_loader, load_records, register_datasets
 from samdetr.errors import UserError
 from samdetr.modeling.levels import pixel_points
 from samdetr.modeling.meta_arch import SAMDETR
@@ -41,10 +41,10 @@ PANELS = {
 }
 
 
-def read_targets(name: str) -> dict:
-    """Return the ground truth of each image of a dataset by its id."""
+def read_targets(name: str, class_names: list[str] | None) -> dict:
+    """Return the ground truth of each image of a dataset by its id, for a model with these classes."""
     targets = {}
-    for record in load_records(name):
+    for record in load_records(name, class_names):
         found = [entry for entry in record["annotations"] if not entry.get("iscrowd", 0)]
         boxes = torch.tensor([entry["bbox"] for entry in found], dtype=torch.float32).reshape(-1, 4)  # (x, y, w, h)
         boxes[:, :2] += boxes[:, 2:] / 2
@@ -105,7 +105,8 @@ def measure_run(folder: Path, num_images: int) -> list[dict]:
             continue  # saved when the run was stopped
         if not inputs:
             name = predictor.cfg.DATASETS.TEST[0]
-            targets = read_targets(name)
+            register_datasets(predictor.cfg)
+            targets = read_targets(name, predictor.class_names if predictor.knows_classes else None)
             inputs = [image for batch in build_test_loader(predictor.cfg, name) for image in batch][:num_images]
         found = measure(predictor.model, inputs, targets)
         matched = found.pop("matched")

@@ -22,8 +22,9 @@ from tabulate import tabulate
 from torch import nn
 
 from samdetr.cli.common import add_model_arguments, load_predictor, run
-from samdetr.data import build_test_loader
+from samdetr.data import build_test_loader, register_datasets
 from samdetr.engine import Trainer
+from samdetr.engine.trainer import build_evaluators
 from samdetr.errors import UserError
 from samdetr.export import Detect, ExportableModel, describe, fit_size, open_exported
 from samdetr.predictor import Predictor
@@ -61,11 +62,11 @@ def open_checkpoint(predictor: Predictor) -> Detect:
     return detect
 
 
-def measure_ap(cfg, detector: ExportedDetector) -> tuple[float, float]:
-    """Return AP and AP50 on ``cfg.DATASETS.TEST``."""
+def measure_ap(cfg, detector: ExportedDetector, class_names: list[str] | None) -> tuple[float, float]:
+    """Return AP and AP50 on ``cfg.DATASETS.TEST``, whose classes are matched by name if the model's are known."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         cfg.OUTPUT_DIR = folder
-        results = Trainer.test(cfg, detector)
+        results = Trainer.test(cfg, detector, build_evaluators(Trainer, cfg, class_names))
     return results["bbox"]["AP"], results["bbox"]["AP50"]
 
 
@@ -99,6 +100,8 @@ def main() -> None:
             raise UserError(f"--files {path}: there is no such file.")
     predictor = load_predictor(arguments)
     description, cfg = describe(predictor), predictor.cfg
+    register_datasets(cfg)
+    class_names = predictor.class_names if predictor.knows_classes else None
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.TEST.IMS_PER_BATCH = 1
     detectors = {"checkpoint": open_checkpoint(predictor)}
@@ -111,7 +114,7 @@ def main() -> None:
     sizes = {path.name: f"{mebibytes(path):.1f}" for path in arguments.files}
     rows = []
     for name, detect in detectors.items():
-        ap, ap50 = measure_ap(cfg, ExportedDetector(detect, description))
+        ap, ap50 = measure_ap(cfg, ExportedDetector(detect, description), class_names)
         rows.append([name, sizes.get(name, "-"), f"{1000 * seconds[name]:.1f}", f"{ap:.2f}", f"{ap50:.2f}"])
     print(
         tabulate(rows, headers=["file", "MiB", "ms per image", "AP", "AP50"], disable_numparse=True, tablefmt="github")

@@ -226,7 +226,8 @@ def main() -> None:
     keep("tests", run_tests(arguments.device, output, 0.4 * (end - time.monotonic())))
     command = ["tools/measure/cuda_cost.py", "--config-file", THREE_LEVELS]
     worked, printed = run_part(command, 120)
-    keep("waits", json.loads(printed.strip().splitlines()[-1]) if worked else {"error": printed})
+    found = next((line for line in printed.splitlines() if line.startswith("{")), None)  # others are warnings
+    keep("waits", json.loads(found) if worked and found else {"error": printed})
     measurements: list[dict] = []
     for measurement in MEASUREMENTS:
         left = end - time.monotonic()

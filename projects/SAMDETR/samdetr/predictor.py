@@ -248,7 +248,7 @@ def _classes_of_dataset(cfg: CfgNode) -> tuple[list[str] | None, list[int] | Non
     """Return class names and category ids of the config's dataset, or (None, None) if its classes are not known."""
     with contextlib.suppress(UserError):  # its files need not be on this machine
         register_datasets(cfg)
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # the order is that of training
         if name in DatasetCatalog.list():
             metadata = MetadataCatalog.get(name)
             names = metadata.get("thing_classes")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
@@ -36,15 +37,21 @@ def join_slurm_job() -> None:
 
 
 @contextlib.contextmanager
-def joined_processes(cuda: bool) -> Iterator[None]:
+def joined_processes(cuda: bool, *, until_the_last: bool = False) -> Iterator[None]:
     """Join the processes of :func:`was_launched` into detectron2's group, with a CUDA device each, until the context ends.
 
     Address, rank and size come from the environment. A launcher may show each process only its own device.
+
+    Args:
+        cuda: whether to use CUDA.
+        until_the_last: whether each works by itself and they meet at the end, where the first waits for the last for days; it
+            is otherwise an error if one waits for half an hour.
     """
     rank = int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=DEFAULT_TIMEOUT)
+    backend = "nccl" if cuda and not until_the_last else "gloo"
+    torch.distributed.init_process_group(backend, timeout=timedelta(days=30) if until_the_last else DEFAULT_TIMEOUT)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     yield
     torch.distributed.destroy_process_group()

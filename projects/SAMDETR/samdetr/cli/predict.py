@@ -9,8 +9,8 @@
 The output folder gets a drawing of every input under its own name, and predictions.json, a list in the format of COCO's
 results: every detection, even below the threshold, with ``image_id`` (the file's number if all files are named by numbers,
 else 1, 2, ... in the order of the inputs), ``file_name``, ``category_id`` (the training dataset's own id), ``bbox`` (x, y,
-width, height in pixels), ``score``, and for videos ``frame``; of videos, only what is above the threshold. A file that
-cannot be read is reported, the others are done all the same, and the exit status is 1.
+width, height in pixels), ``score``, and for videos ``frame``; of videos, only what is drawn. A file that cannot be read is
+reported, the others are done all the same, and the exit status is 1.
 
 With --track (pip install trackers), entries of videos have ``track_id``, which is the same for one object in all frames of a
 video, and null for what is in no track, as an object in the first frame that shows it; drawings show it as #0, #1, ...
@@ -23,6 +23,7 @@ Started by torchrun or srun, the processes share the inputs, and write one resul
 import argparse
 import contextlib
 import heapq
+import itertools
 import json
 import sys
 from importlib import import_module
@@ -135,6 +136,7 @@ class Prediction:
         self.videos = videos[rank::number]
         self.video = import_module(".video", __package__) if videos else None  # it needs a package of its own
         self.images = [file for file in files if file not in set(videos)][rank::number]
+        self.share = sorted([*self.images, *self.videos], key=self.positions.get)
         self.results = ResultsPart(self.folder, rank)
         self.confident = 0
         self.failed: list[str] = []
@@ -142,16 +144,17 @@ class Prediction:
     def run(self) -> None:
         quiet = not self.images or not comm.is_main_process()
         progress = tqdm(total=len(self.images), unit="image", disable=quiet)
-        for start in range(0, len(self.images), self.batch_size):
-            files = self.images[start : start + self.batch_size]
-            self.run_images(files)
-            progress.update(len(files))
+        for are_videos, group in itertools.groupby(self.share, key=set(self.videos).__contains__):
+            files = list(group)
+            if are_videos:
+                for file in files:
+                    self.run_video(file)
+                continue
+            for start in range(0, len(files), self.batch_size):
+                batch = files[start : start + self.batch_size]
+                self.run_images(batch)
+                progress.update(len(batch))
         progress.close()
-        for file in self.videos:
-            try:
-                self.run_video(file)
-            except Exception as error:  # one bad file does not stop the others
-                self.report(file, error)
 
     def run_images(self, files: list[Path]) -> None:
         """Detect in a batch; if that fails, in each image by itself, so that only the bad ones are left out."""
@@ -177,6 +180,13 @@ class Prediction:
                     self.report(file, error)
 
     def run_video(self, file: Path) -> None:
+        """Detect in a video's frames; one that fails does not stop the others."""
+        try:
+            self.run_frames(file)
+        except Exception as error:
+            self.report(file, error)
+
+    def run_frames(self, file: Path) -> None:
         path = self.folder / self.names[file]
         path.parent.mkdir(parents=True, exist_ok=True)
         expected, rate = self.video.length_and_rate(file)
@@ -247,7 +257,8 @@ def main(arguments: argparse.Namespace) -> int:
         import_extra("trackers", "trackers")
     folder = output_folder(arguments.output)
     if was_launched():
-        with joined_processes(cuda=torch.cuda.is_available() and arguments.device != "cpu"):
+        cuda = torch.cuda.is_available() and arguments.device != "cpu"
+        with joined_processes(cuda, until_the_last=True):
             return predict(files, names, folder, arguments)
     return predict(files, names, folder, arguments)
 

@@ -63,6 +63,8 @@ def number_boxes(stats: dict[str, float]) -> str:
 def write_page(arguments: argparse.Namespace, predictor: Predictor, weights: Path) -> str:
     """Evaluate, and return the page's HTML."""
     name = predictor.cfg.DATASETS.TEST[0]
+    metrics = Path(arguments.input) / "metrics.json"
+    curves = drawing(draw_curves({"this run": read_metrics(metrics)})) if metrics.exists() else "No metrics.json."
     evaluation = evaluate_images(
         predictor.cfg,
         predictor.model,
@@ -72,8 +74,6 @@ def write_page(arguments: argparse.Namespace, predictor: Predictor, weights: Pat
         predictor.class_names if predictor.knows_classes else None,
     )
     records, stats = evaluation.records, {key: evaluation.results[key] for key in AP_NAMES}
-    metrics = Path(arguments.input) / "metrics.json"
-    curves = drawing(draw_curves({"this run": read_metrics(metrics)})) if metrics.exists() else "No metrics.json."
     quality = np.mean(list(evaluation.quality.values()))
     results = read_results(evaluation.ground_truth, evaluation.coco_detections)
     top = (

@@ -29,6 +29,7 @@ from ..checkpoint.checkpoint import write_atomically
 from ..checks import check_config
 from ..config import find_config, load_config, merge_options
 from ..data import register_datasets
+from ..data.build import end_workers
 from ..engine import Trainer, evaluate
 from ..engine.output import lock_folder
 from ..engine.stops import StopRequested, is_lost_partner, pass_signals_on
@@ -123,6 +124,8 @@ def work(args, cfg):
         sys.exit(
             f"error{name}: another process of this run has ended, see its own message. Start all of them again, with --resume."
         )
+    finally:
+        end_workers()
 
 
 def set_up(args, cfg):

@@ -4,6 +4,7 @@ import atexit
 import logging
 import math
 import multiprocessing
+import re
 import signal
 from collections.abc import Iterator
 from itertools import chain
@@ -31,6 +32,7 @@ __all__ = [
     "TrainLoader",
     "build_test_loader",
     "build_train_loader",
+    "end_workers",
     "resolve_epochs",
     "warn_about_capacity",
 ]
@@ -44,9 +46,9 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
-def _end_workers() -> None:
-    """End the workers that are left when the program ends; it would wait for ever for them to heed a SIGTERM."""
+@atexit.register  # a process that multiprocessing has started does not do what is registered
+def end_workers() -> None:
+    """End the workers that are left when a process ends; it would wait for ever for them to heed a SIGTERM."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -68,7 +70,7 @@ class CheckedLoader(DataLoader):
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                if not re.match(r"DataLoader worker \(pid\b", str(error)):  # not an error that was raised in one
                     raise
                 raise UserError(
                     "A data-loading worker was killed, as happens when memory runs out: lower DATALOADER.NUM_WORKERS "

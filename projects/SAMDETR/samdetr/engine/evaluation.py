@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..analysis import AP_NAMES, class_ap
 from ..checkpoint.checkpoint import write_atomically
 from ..data import build_test_loader, load_records, match_classes, read_coco, read_dataset
-from ..errors import one_line_each
+from ..errors import UserError, one_line_each
 from ..solver import autocast
 
 __all__ = ["CheckedEvaluator", "ImageEvaluation", "build_evaluator", "evaluate_images", "f1", "write_results"]
@@ -35,7 +35,8 @@ class CheckedEvaluator(COCOEvaluator):
     """detectron2's evaluator, against what :func:`samdetr.data.read_coco` reads, for annotations with any ids.
 
     pycocotools would count an annotation whose id is 0 as not found by any detection; here they are numbered from 1. This
-    holds as well for a dataset that a function makes, if its metadata name a ``json_file``, which is the ground truth then.
+    holds as well for a dataset that a function makes, if its metadata name a ``json_file``, which is the ground truth then;
+    otherwise the ground truth is what the function returns, without the boxes that training leaves out.
 
     Attributes:
         coco_eval: pycocotools' result of the last evaluation, with precision by recall; None if there is nothing to evaluate.
@@ -69,14 +70,11 @@ class CheckedEvaluator(COCOEvaluator):
         if metadata.get("evaluator_type") not in (None, "coco"):
             logger.warning("%s is evaluated as COCO is, not as %r.", dataset_name, metadata.evaluator_type)
         if annotations is None:
-            super().__init__(
-                dataset_name,
-                tasks,
-                output_dir=output_dir,
-                max_dets_per_image=max_dets_per_image,
-                allow_cached_coco=False,
-            )
-            return
+            ids = metadata.get("thing_dataset_id_to_contiguous_id")
+            names = metadata.get("thing_classes")
+            truth = ground_truth_of_records(dataset_name, load_records(dataset_name), names, ids)
+        else:
+            names, truth = annotations.class_names, annotations.ground_truth()
         # Replaces COCOEvaluator.__init__, which reads the annotation file itself.
         self._logger = logging.getLogger(COCOEvaluator.__module__)
         self._distributed = True
@@ -86,16 +84,15 @@ class CheckedEvaluator(COCOEvaluator):
         self._tasks = tasks
         self._cpu_device = torch.device("cpu")
         self._kpt_oks_sigmas = ()
-        self._do_evaluation = annotations.annotated
+        self._do_evaluation = annotations is None or annotations.annotated
         self._coco_api = COCO()
-        self._coco_api.dataset = annotations.ground_truth()
+        self._coco_api.dataset = truth
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco_api.createIndex()
-        names = annotations.class_names
         if ids is not None:
             names = metadata.get("thing_classes")
         else:
-            ids = {number: index for index, number in enumerate(annotations.category_ids)}
+            ids = {category["id"]: index for index, category in enumerate(truth["categories"])}
         self._metadata = Metadata(name=dataset_name).set(thing_classes=names, thing_dataset_id_to_contiguous_id=ids)
 
     def use_classes(self, class_names: Sequence[str]) -> None:
@@ -150,6 +147,42 @@ def build_evaluator(
         UserError: the dataset cannot be used.
     """
     return CheckedEvaluator(dataset_name, tasks, output_dir, max(100, cfg.TEST.DETECTIONS_PER_IMAGE))
+
+
+def ground_truth_of_records(
+    dataset_name: str, records: list[dict], class_names: Sequence[str] | None, ids: dict[int, int] | None
+) -> dict[str, list[dict]]:
+    """Return records in detectron2's standard format as the content of a file in COCO's format; only their boxes.
+
+    Args:
+        dataset_name: name of the dataset.
+        records: its images.
+        class_names: the classes' names, by index; None if they are not known.
+        ids: the classes' indices, by the dataset's own ids; None if these are the indices.
+
+    Raises:
+        UserError: there is an object of none of the classes.
+    """
+    annotations: list[dict] = []
+    for record in records:
+        for entry in record.get("annotations", []):
+            box = BoxMode.convert(list(entry["bbox"]), entry["bbox_mode"], BoxMode.XYWH_ABS)
+            common = {"id": len(annotations) + 1, "image_id": record["image_id"], "category_id": entry["category_id"]}
+            annotations.append({**common, "bbox": box, "area": box[2] * box[3], "iscrowd": entry.get("iscrowd", 0)})
+    if class_names is None:
+        number = 1 + max([*(entry["category_id"] for entry in annotations), *(ids or {0: 0}).values()])
+        class_names = [str(index) for index in range(number)]
+    own_ids = {index: number for number, index in (ids or {i: i for i in range(len(class_names))}).items()}
+    for entry in annotations:
+        if entry["category_id"] not in own_ids:
+            raise UserError(
+                f"The dataset {dataset_name!r}, which a function made, has an object of class {entry['category_id']} in image "
+                f"{entry['image_id']}, but {len(own_ids)} classes: correct it, or its metadata's thing_classes."
+            )
+        entry["category_id"] = own_ids[entry["category_id"]]
+    categories = [{"id": own_ids[index], "name": name} for index, name in enumerate(class_names)]
+    images = [{"id": r["image_id"], "height": r.get("height"), "width": r.get("width")} for r in records]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def write_results(cfg, results: dict, name: str, weights: str) -> None:

@@ -111,6 +111,18 @@ class Trainer(DefaultTrainer):
         import_trackers(cfg)
         self.register_hooks(self.build_hooks())
 
+    @staticmethod
+    def auto_scale_workers(cfg, num_workers: int):
+        """Scale batch, rate and lengths as detectron2 does, and ``INPUT.AUGMENTATION_OFF_ITERS`` with the other lengths."""
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is not cfg:
+            scaled.defrost()
+            share = cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers
+            scaled.INPUT.AUGMENTATION_OFF_ITERS = round(cfg.INPUT.AUGMENTATION_OFF_ITERS * share)
+            if cfg.is_frozen():
+                scaled.freeze()
+        return scaled
+
     @property
     def evaluated_model(self) -> torch.nn.Module:
         return self.inner_model if self.average is None else self.average.module
