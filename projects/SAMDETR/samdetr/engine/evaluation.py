@@ -181,7 +181,8 @@ def ground_truth_of_records(
             )
         entry["category_id"] = own_ids[entry["category_id"]]
     categories = [{"id": own_ids[index], "name": name} for index, name in enumerate(class_names)]
-    images = [{"id": r["image_id"], "height": r.get("height"), "width": r.get("width")} for r in records]
+    keys = ("file_name", "height", "width")
+    images = [{"id": record["image_id"], **{key: record[key] for key in keys if key in record}} for record in records]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
