@@ -122,7 +122,8 @@ def check_lower_precisions(predictor, source, folder):
     exported = onnx.load(source)
     assert len(quantised & _nodes_below(exported, ["model.backbone"])) > 3
     assert quantised & _nodes_below(exported, ["model.encoder"])
-    assert not quantised & _nodes_below(exported, ["model.decoder"])
+    for part in ("model.decoder", "model.query_generator"):
+        assert _nodes_below(exported, [part]) and not quantised & _nodes_below(exported, [part])
 
 
 def test_other_endings_are_refused(tmp_path):
@@ -134,6 +135,13 @@ def test_the_description_is_complete():
     description = describe(make_predictor())
     assert description["class_names"][3] == "name 3" and description["channel_order"] == "RGB"
     assert description["shortest_side"] == 128 and description["size_divisibility"] == 0
+
+
+@pytest.mark.parametrize(("divisor", "smallest"), [(0, 64), (32, 64), (48, 96), (64, 128)])
+def test_the_smallest_side_is_the_tracers(divisor, smallest):
+    predictor = make_predictor()
+    predictor.model = SimpleNamespace(backbone=SimpleNamespace(size_divisibility=divisor))
+    assert describe(predictor)["smallest_side"] == smallest
 
 
 def test_images_are_resized_to_what_a_file_takes():

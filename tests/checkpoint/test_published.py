@@ -61,6 +61,7 @@ def test_other_models_are_refused():
         ("r50_smca_12ep", "r50_dc5_smca.pth", {}, "sam_detr_smca_R_50_DC5_1x"),
         ("r50_ms_12ep", "r50_ms.pth", {"epoch": 49}, "sam_detr_pp_R_50_50ep"),
         ("r50_ms_smca_12ep", "r50_ms_smca_e50.pth", {}, "sam_detr_pp_smca_R_50_50ep"),
+        ("r50_ms_smca_12ep", "sam_detr_pp_smca_R_50_1x.pth", {}, "sam_detr_pp_smca_R_50_1x"),
     ],
 )
 def test_variants_are_recognised(name, file_name, extra, expected):

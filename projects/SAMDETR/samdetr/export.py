@@ -35,7 +35,7 @@ Detect = Callable[[np.ndarray], dict[str, np.ndarray]]  # from images (B, 3, H, 
 PRECISIONS = ("float32", "float16", "int8")  # of an OpenVINO file
 _OUTPUT_NAMES = ("boxes", "scores", "classes")
 _SMALLEST_SIDE = 64  # of an image, in pixels
-_KEPT_FLOAT = ("model.decoder",)  # modules that are not quantised
+_KEPT_FLOAT = ("model.decoder", "model.query_generator")  # modules that are not quantised
 
 
 class ExportableModel(nn.Module):
@@ -70,13 +70,13 @@ class ExportableModel(nn.Module):
 
 def describe(predictor: Predictor) -> dict:
     """Return what a program that runs the exported file has to know."""
-    cfg = predictor.cfg
+    cfg, divisor = predictor.cfg, predictor.model.backbone.size_divisibility
     return {
         "channel_order": cfg.INPUT.FORMAT,
         "shortest_side": cfg.INPUT.MIN_SIZE_TEST,
         "longest_side": cfg.INPUT.MAX_SIZE_TEST,
-        "smallest_side": _SMALLEST_SIDE,
-        "size_divisibility": predictor.model.backbone.size_divisibility,
+        "smallest_side": divisor * _fewest_multiples(divisor) if divisor else _SMALLEST_SIDE,
+        "size_divisibility": divisor,
         "class_names": predictor.class_names,
     }
 
@@ -104,7 +104,7 @@ def trace(predictor: Predictor, size: tuple[int, int] = (480, 640)) -> torch.exp
     divisor = max(1, predictor.model.backbone.size_divisibility)
     height, width = (-(-side // divisor) * divisor for side in size)
     model = ExportableModel(copy.deepcopy(predictor.model).cpu().float()).eval()
-    smallest = max(2, _SMALLEST_SIDE // divisor)
+    smallest = _fewest_multiples(divisor)
     sides = [divisor * torch.export.Dim(name, min=smallest) for name in ("rows", "columns")]
     with torch.no_grad():
         return torch.export.export(
@@ -114,6 +114,11 @@ def trace(predictor: Predictor, size: tuple[int, int] = (480, 640)) -> torch.exp
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+
+
+def _fewest_multiples(divisor: int) -> int:
+    """Return how many times ``divisor`` an image's side must be: the tracer treats sizes of 1 in a way of their own."""
+    return max(2, _SMALLEST_SIDE // divisor)
 
 
 def export(

@@ -82,7 +82,7 @@ class Predictor:
         Returns:
             For one image detectron2's :class:`Instances`, on the CPU; for several a list of them. Each has ``pred_boxes`` in
             the image's pixels, ``scores`` in (0, 1), ``pred_classes`` (indices into ``class_names``) and ``query_indices``,
-            best first, all ``TEST.DETECTIONS_PER_IMAGE`` of them. Choose a threshold: scores of focal loss are lower than a
+            best first, ``TEST.DETECTIONS_PER_IMAGE`` of them at most. Choose a threshold: scores of focal loss are lower than a
             softmax's, and 0.3 is a good start.
 
         Raises:

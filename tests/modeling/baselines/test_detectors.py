@@ -130,6 +130,16 @@ def test_recomputing_activations_and_mixed_precision_change_nothing_but_rounding
     rough.backward()
 
 
+def test_sparse_rcnn_pools_boxes_that_are_not_rounded():
+    """In mixed precision, detectron2's RoIAlign rounds boxes to the type of the feature maps."""
+    model = build_model(small_config("Sparse R-CNN")).eval()
+    seen = []
+    model.decoder.pooler.register_forward_pre_hook(lambda _, inputs: seen.append({x.dtype for x in inputs[0]}))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.predict([make_input(64, 96)])
+    assert seen and all(types == {torch.float32} for types in seen)
+
+
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "Sparse R-CNN"])
 def test_padding_is_invisible_from_the_backbone_on(variant):
     model = build_model(small_config(variant)).eval()

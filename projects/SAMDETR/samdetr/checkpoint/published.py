@@ -177,6 +177,6 @@ def recognize_published(state_dict: dict[str, Tensor], checkpoint: dict[str, Any
     elif "epoch" in checkpoint:
         fifty, source = checkpoint["epoch"] >= 12, f"{source}; the schedule by the checkpoint's epoch"
     else:
-        fifty, source = "50" in lower.replace("r50", ""), f"{source}; the schedule by the file's name"
+        fifty, source = "50" in re.sub(r"r_?50", "", lower), f"{source}; the schedule by the file's name"
     parts = ["sam_detr", "pp" if multi_scale else "", "smca" if smca else "", "R_50", "DC5" if dc5 else ""]
     return "_".join(part for part in parts if part) + ("_50ep" if fifty else "_1x"), source

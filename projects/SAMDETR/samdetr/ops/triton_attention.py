@@ -270,7 +270,8 @@ class _AttendTriton(torch.autograd.Function):
         output = v.new_empty(*q.shape[:3], v.shape[-1])
         log_sums = q.new_empty(q.shape[:3], dtype=torch.float32)
         grid = triton.cdiv(q.shape[2], _TILE), q.shape[0] * q.shape[1]
-        _forward[grid](q, k, v, padding, *bias, output, log_sums, *sizes, **options, **_LAUNCH)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            _forward[grid](q, k, v, padding, *bias, output, log_sums, *sizes, **options, **_LAUNCH)
         ctx.save_for_backward(q, k, v, padding, *bias, output, log_sums)
         ctx.sizes, ctx.options = sizes, options
         return output
@@ -286,10 +287,11 @@ class _AttendTriton(torch.autograd.Function):
         has_bias = ctx.options["HAS_BIAS"]
         grad_x, grad_y = (torch.zeros_like(part) if has_bias else q for part in (bias_x, bias_y))
         rest = gradient, log_sums, shares
-        grid = triton.cdiv(q.shape[2], _TILE), q.shape[0] * q.shape[1]
-        _backward_queries[grid](*inputs, *rest, grad_q, grad_x, grad_y, *ctx.sizes, **ctx.options, **_LAUNCH)
-        grid = triton.cdiv(k.shape[2], _TILE), k.shape[0] * k.shape[1]
-        _backward_pixels[grid](*inputs, *rest, grad_k, grad_v, *ctx.sizes, **ctx.options, **_LAUNCH)
+        with torch.cuda.device_of(q):
+            grid = triton.cdiv(q.shape[2], _TILE), q.shape[0] * q.shape[1]
+            _backward_queries[grid](*inputs, *rest, grad_q, grad_x, grad_y, *ctx.sizes, **ctx.options, **_LAUNCH)
+            grid = triton.cdiv(k.shape[2], _TILE), k.shape[0] * k.shape[1]
+            _backward_pixels[grid](*inputs, *rest, grad_k, grad_v, *ctx.sizes, **ctx.options, **_LAUNCH)
         return grad_q, grad_k, grad_v, None, *((grad_x, grad_y) if has_bias else (None, None))
 
 

@@ -152,16 +152,17 @@ class _DeformableSamplingTriton(torch.autograd.Function):
     def launch(kernel, tensors, value, locations):
         batch, queries, heads, levels, points, _ = locations.shape
         rows = batch * queries * heads
-        kernel[(triton.cdiv(rows, _ROWS),)](
-            *tensors,
-            *(rows, queries, value.shape[1]),
-            M=heads,
-            D=value.shape[-1],
-            V=levels,
-            P=points,
-            ROWS=_ROWS,
-            CHANNELS=triton.next_power_of_2(value.shape[-1]),
-        )
+        with torch.cuda.device_of(value):  # Triton launches on the current device
+            kernel[(triton.cdiv(rows, _ROWS),)](
+                *tensors,
+                *(rows, queries, value.shape[1]),
+                M=heads,
+                D=value.shape[-1],
+                V=levels,
+                P=points,
+                ROWS=_ROWS,
+                CHANNELS=triton.next_power_of_2(value.shape[-1]),
+            )
 
     @staticmethod
     def forward(ctx, value, sizes, locations, weights):

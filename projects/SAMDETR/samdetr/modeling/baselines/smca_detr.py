@@ -231,7 +231,7 @@ class SpatiallyModulatedAttention(nn.Module):
         for level in levels:
             k = self.split_heads((self.key(level.features + level.position)).flatten(1, 2))
             v = self.split_heads(self.value(level.features).flatten(1, 2))
-            bias = self.log_gaussians(query, centres, level, levels[0]).to(q.dtype)
+            bias = self.log_gaussians(query, centres, level, levels[0]).clamp(min=-6e4).to(q.dtype)  # finite in float16
             if level.padding_mask is not None:
                 bias = bias.masked_fill(level.padding_mask.flatten(1)[:, None, None], -math.inf)
             by_head = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)

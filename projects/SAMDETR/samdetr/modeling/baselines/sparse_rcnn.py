@@ -241,6 +241,7 @@ class SparseStages(nn.Module):
             The predictions of all stages.
         """
         maps, sizes = pyramid
+        maps = [each.float() for each in maps]  # detectron2's RoIAlign rounds boxes to the type of the maps
         sizes = sizes.flip(-1).repeat(1, 2)[:, None]  # (B, 1, 4): width and height twice
         corners = cxcywh_to_xyxy(boxes.float()) * sizes  # (B, Q, 4), in pixels of the image
         all_logits, all_boxes = [], []
