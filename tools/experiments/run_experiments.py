@@ -4,8 +4,7 @@
     tools/experiments/run_experiments.py --experiment tools/experiments/digits.yaml --output output/experiments --jobs 2
     tools/experiments/run_experiments.py --experiment tools/experiments/digits.yaml --output output/experiments --only fcos
     tools/experiments/run_experiments.py --experiment tools/experiments/digits.yaml --output output/experiments --time-steps
-    tools/experiments/run_experiments.py --experiment tools/experiments/digits.yaml --output tools/experiments/results \\
-        --report-only
+    tools/experiments/run_experiments.py --experiment tools/experiments/digits.yaml --output docs --report-only
 
 Each run is a ``train_net.py`` of its own in OUTPUT/runs/NAME/seedN. Whatever stops this tool, the same command continues from
 the last checkpoints. Complete runs are not touched (an evaluation that was interrupted is missing from its curve). After each
