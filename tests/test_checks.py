@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from helpers import load_experiment, tiny_config
-from samdetr.checks import check_config
+from samdetr.checks import check_config, ignored_keys
 from samdetr.data import register_datasets
 from samdetr.errors import UserError
 
@@ -206,6 +206,15 @@ def test_checks_register_and_change_nothing(shapes_root):
 def test_precision_is_checked_for_evaluation_too():
     with pytest.raises(UserError, match=r"PRECISION is 'fp16': choose from 'bfloat16', 'float16'"):
         check_config(tiny_config("SOLVER.AMP.PRECISION", "fp16"), training=False)
+
+
+def test_changed_keys_that_nothing_reads_are_found():
+    options = ["MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.TIMM.NAME", "resnet18", "SOLVER.NESTEROV", True]
+    assert ignored_keys(tiny_config()) == []
+    assert ignored_keys(tiny_config(*options)) == options[::2]
+    assert ignored_keys(tiny_config(*options, "SOLVER.OPTIMIZER", "SGD")) == options[:4:2]
+    assert ignored_keys(tiny_config(*options, "MODEL.BACKBONE.NAME", "build_timm_backbone")) == options[::4]
+    assert ignored_keys(tiny_config("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", *options[:2])) == []
 
 
 def test_a_good_config_passes():

@@ -48,6 +48,14 @@ def test_a_device_by_number_is_for_one_process():
     assert "MODEL.DEVICE is 'cuda:1', but each process needs a device of its own" in refused.stderr.splitlines()[-1]
 
 
+def test_each_process_needs_an_image_for_every_part_of_its_batch():
+    options = ["MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATION_STEPS", 3]
+    refused = train_net("--num-gpus", 2, *options)
+    assert refused.returncode == 1
+    message = "error: SOLVER.ACCUMULATION_STEPS is 3, more than the 2 images that each process has per step"
+    assert refused.stderr.splitlines()[-1].startswith(message)
+
+
 @pytest.mark.slow
 def test_eval_only_gives_the_reported_ap(trained_run, tmp_path):
     folder, printed = trained_run

@@ -7,19 +7,20 @@ import os
 from collections.abc import Sequence
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 
 from .checkpoint import Checkpoint
-from .config import number_of_classes
+from .config import add_samdetr_config, number_of_classes
 from .data import class_names_of, match_classes, read_dataset
 from .data.digits import DIGITS_DATASETS
 from .errors import UserError, did_you_mean
 from .limits import (
     COMMON_CHOICES,
     COMMON_RANGES,
+    OTHER_DETECTORS_NODES,
     RUN_CHOICES,
     SET_DETECTOR_RANGES,
     SET_DETECTORS,
@@ -33,7 +34,7 @@ from .limits import (
 )
 from .modeling import CROSS_ATTENTION_REGISTRY, ENCODER_REGISTRY, QUERY_GENERATOR_REGISTRY, SEMANTICS_ALIGNER_REGISTRY
 
-__all__ = ["check_config", "check_model"]
+__all__ = ["check_config", "check_model", "ignored_keys"]
 
 
 def check_config(
@@ -98,6 +99,23 @@ def check_model(cfg: CfgNode) -> None:
     _check_ranges(cfg, COMMON_RANGES)
     if cfg.MODEL.META_ARCHITECTURE == "TransformersDETR":
         _check_transformers(cfg)
+
+
+def ignored_keys(cfg: CfgNode) -> list[str]:
+    """Return the keys that are not at their default although nothing reads them: those of another kind of detector, backbone,
+    optimizer or sampler. A config that inherits from one of detectron2's may well have some.
+    """
+    default = get_cfg()
+    add_samdetr_config(default)
+    keys = ["DATALOADER.REPEAT_THRESHOLD"]
+    if cfg.MODEL.META_ARCHITECTURE in SET_DETECTORS:
+        pooled = "ROI_BOX_HEAD" if cfg.MODEL.META_ARCHITECTURE == "SparseRCNN" else None
+        keys += [f"MODEL.{node}.{key}" for node in OTHER_DETECTORS_NODES if node != pooled for key in cfg.MODEL[node]]
+    if "timm" not in cfg.MODEL.BACKBONE.NAME:
+        keys += [f"MODEL.TIMM.{key}" for key in cfg.MODEL.TIMM]
+    if cfg.SOLVER.OPTIMIZER == "AdamW":
+        keys += ["SOLVER.MOMENTUM", "SOLVER.NESTEROV"]
+    return [key for key in keys if value_of(cfg, key) != value_of(default, key)]
 
 
 def _check_name(key: str, name: str, registry) -> None:

@@ -82,7 +82,8 @@ def describe(predictor: Predictor) -> dict:
 
 
 def trace(predictor: Predictor, size: tuple[int, int] = (480, 640)) -> torch.export.ExportedProgram:
-    """Trace the model for any batch and images of at least 64 pixels per side.
+    """Trace the model for any batch and images of at least 64 pixels per side, whose sides are multiples of the backbone's
+    ``size_divisibility``, if it has one.
 
     Args:
         predictor: the model; it is traced on the CPU, in float32.

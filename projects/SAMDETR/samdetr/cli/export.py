@@ -6,7 +6,8 @@
     samdetr export --weights output/demo/model_final.pth --output model.pt2
     tools/run_exported.py --model model.onnx --input street.jpg --output detections.png
 
-The input of the file is ``images`` (batch, 3, rows, columns), float32 in 0 to 255, already resized; its outputs are
+The input of the file is ``images`` (batch, 3, rows, columns), float32 in 0 to 255, already resized, with sides that are
+multiples of the ``size_divisibility`` in its metadata (1 for ResNets, mostly 32 for networks of timm); its outputs are
 ``boxes`` (batch, N, 4) as (x0, y0, x1, y1), normalised, unclipped, ``scores`` and ``classes`` (batch, N), best first. Class
 names and input sizes are in its metadata.
 

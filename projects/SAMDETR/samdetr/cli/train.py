@@ -26,7 +26,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.checkpoint import write_atomically
-from ..checks import check_config
+from ..checks import check_config, ignored_keys
 from ..config import find_config, load_config, merge_options
 from ..data import register_datasets
 from ..data.build import end_workers
@@ -80,6 +80,12 @@ def read_config(args):
         raise UserError(
             f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a multiple of the number of processes ({processes})."
         )
+    images = cfg.SOLVER.IMS_PER_BATCH // processes
+    if not args.eval_only and images < cfg.SOLVER.ACCUMULATION_STEPS:
+        raise UserError(
+            f"SOLVER.ACCUMULATION_STEPS is {cfg.SOLVER.ACCUMULATION_STEPS}, more than the {images} images that each process "
+            "has per step (SOLVER.IMS_PER_BATCH divided by the number of processes)."
+        )
     cfg.freeze()
     earlier = any(Path(str(cfg.OUTPUT_DIR)).glob("model_*.pth"))
     if earlier and not (args.resume or args.eval_only):
@@ -91,6 +97,8 @@ def read_config(args):
         logger.warning("--weights %s is not used: --resume goes on from the checkpoints in OUTPUT_DIR.", args.weights)
     register_datasets(cfg)
     check_config(cfg, training=not args.eval_only, weights=not (earlier and args.resume))
+    if ignored := ignored_keys(cfg):
+        logger.warning("Nothing reads these keys, which the config changes: %s.", ", ".join(ignored))
     return cfg
 
 
