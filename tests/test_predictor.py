@@ -237,9 +237,18 @@ def test_folders_and_missing_inputs(tmp_path):
     assert list_images([tmp_path / "notes.txt"], {".jpg"}) == [tmp_path / "notes.txt"]  # named, so meant
     with pytest.raises(ValueError, match=r"nowhere: there is no such file"):
         list_images([tmp_path / "nowhere"], {".jpg"})
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "to").symlink_to(tmp_path / "sub")
+    assert list_images([tmp_path / "linked"], {".png"}) == [tmp_path / "linked" / "to" / "a.png"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: the folder holds no file that ends in \.jpg"):
         list_images([tmp_path / "empty"], {".jpg"})
+
+
+def test_half_precision_of_cuda_is_single_precision_on_the_cpu(checkpoint, caplog):
+    options = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "float16"]
+    predictor = samdetr.load(checkpoint[0], device="cpu", options=options)
+    assert not predictor.cfg.SOLVER.AMP.ENABLED and "float16 needs CUDA" in caplog.text
 
 
 def test_devices_that_are_not_there(checkpoint):

@@ -163,6 +163,12 @@ def test_records_that_a_function_made_wrongly_are_refused(change, message):
         DatasetCatalog.remove("made_by_a_function")
 
 
+def test_objects_of_a_class_that_the_model_lacks_are_refused(shapes_dataset):
+    cfg = tiny_config("DATASETS.TRAIN", (shapes_dataset,), "MODEL.SAMDETR.NUM_CLASSES", 1)
+    with pytest.raises(UserError, match=r"has objects of class 1, but MODEL\.SAMDETR\.NUM_CLASSES is 1: raise it"):
+        build_train_loader(cfg)
+
+
 def test_an_image_that_a_function_made_twice_is_refused_in_evaluation():
     """COCO's evaluation would look for the detections of both in one of them."""
     records = [{**record_with(box), "image_id": 7} for box in ((1, 2, 3, 4), (5, 6, 7, 8))]

@@ -40,6 +40,24 @@ def describe(folder, **changes):
     return path
 
 
+def test_folders_behind_links_are_read_and_a_loop_of_them_once(dataset, tmp_path):
+    (tmp_path / "images" / "train" / "below").rename(tmp_path / "store")
+    (tmp_path / "images" / "train" / "below").symlink_to(tmp_path / "store")
+    (tmp_path / "images" / "train" / "loop").symlink_to(tmp_path / "images" / "train")
+    assert read_yolo(dataset, "train").file_names == [f"images/train/{name}.png" for name in ("a", "below/b", "c")]
+
+
+def test_a_path_to_above_a_link_is_above_what_it_points_to(dataset, tmp_path):
+    described = describe(tmp_path, path="..")
+    (tmp_path / "described").mkdir()
+    described.rename(tmp_path / "described" / "data.yaml")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "described")
+    train = read_yolo(tmp_path / "elsewhere" / "link" / "data.yaml", "train")
+    assert not train.report.errors
+    assert train.file_names == ["images/train/a.png", "images/train/below/b.png", "images/train/c.png"]
+
+
 def test_boxes_polygons_and_images_without_labels(dataset):
     train = read_yolo(dataset, "train")
     assert train.file_names == ["images/train/a.png", "images/train/below/b.png", "images/train/c.png"]

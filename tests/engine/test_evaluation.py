@@ -4,6 +4,7 @@ import html
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -203,12 +204,62 @@ def test_a_dataset_without_a_file_is_evaluated_by_its_cleaned_boxes_again_and_ag
         assert not MetadataCatalog.get("made_by_a_function").get("json_file")
         annotations[0]["category_id"] = 7
         with pytest.raises(
-            UserError, match=r"'made_by_a_function'.* has an object of class 7 in image 1, but 2 classes"
+            UserError, match=r"'made_by_a_function'.* has an object of class 7, but there are 2 classes"
         ):
             evaluate_images(cfg, model, "made_by_a_function", None, 0.3)
     finally:
         DatasetCatalog.remove("made_by_a_function")
         MetadataCatalog.remove("made_by_a_function")
+
+
+@pytest.fixture
+def made(shapes_root):
+    """Register a dataset of two images that a function makes, with given ids of the images, class of the box and metadata."""
+
+    def make(image_ids=(1, 2), label=0, **metadata):
+        box = {"bbox": [1, 2, 21, 32], "bbox_mode": BoxMode.XYXY_ABS, "category_id": label}
+        size = {"file_name": str(shapes_root / "1.png"), "height": 72, "width": 72}
+        DatasetCatalog.register("made", lambda: [{**size, "image_id": i, "annotations": [box]} for i in image_ids])
+        MetadataCatalog.get("made").set(**metadata)
+        return tiny_config("DATASETS.TEST", ("made",))
+
+    yield make
+    DatasetCatalog.remove("made")
+    MetadataCatalog.remove("made")
+
+
+def test_aps_of_classes_have_their_names_in_any_order_of_the_ids(made):
+    cfg = made(thing_classes=["none", "found"], label=1, thing_dataset_id_to_contiguous_id={100: 0, 99: 1})
+    results = evaluate_images(cfg, Repeats([[1, 2, 21, 32]], [1]), "made", None, 0.3, ["none", "found"]).results
+    assert results["AP-found"] == pytest.approx(100) and math.isnan(results["AP-none"])
+
+
+def test_a_dataset_without_class_names_has_those_of_the_model(made):
+    """Of which the highest need not be in it."""
+    results = evaluate_images(made(), Repeats([[1, 2, 21, 32]], [9]), "made", None, 0.3).results
+    assert results["AP"] == 0.0
+
+
+def test_image_ids_of_numpy_are_numbers(made, tmp_path):
+    evaluator = build_evaluator(made(image_ids=np.arange(2)), "made", str(tmp_path))
+    assert [type(image["id"]) for image in evaluator.ground_truth({0, 1})["images"]] == [int, int]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_ids": (1, "2")}, "'image_id' is a text in some records and a number in others, such as record 1"),
+        ({"label": 2, "thing_classes": ["a", "b"]}, "object of class 2, but there are 2 classes, counted from 0"),
+        ({"label": 10}, "object of class 10 in image 1, but there are 10 classes"),
+        (
+            {"thing_classes": ["a", "b"], "thing_dataset_id_to_contiguous_id": {1: 0, 2: 0}},
+            "thing_dataset_id_to_contiguous_id must name each of its 2 classes' indices once",
+        ),
+    ],
+)
+def test_mistakes_in_datasets_that_a_function_makes(arguments, message, made):
+    with pytest.raises(UserError, match=message):
+        build_evaluator(made(**arguments), "made", None)
 
 
 @pytest.mark.parametrize("key", ["VOC_FORMAT", "YOLO_FORMAT"])

@@ -6,13 +6,14 @@ import os
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
 from helpers import BEYOND, CONTRASTIVE, load_config, make_input, tiny_config, tiny_model
 from samdetr.checkpoint import CheckedCheckpointer, Checkpoint
 from samdetr.engine import Trainer
-from samdetr.engine.trainer import compare_with_expected, freeze_unused_backbone
+from samdetr.engine.trainer import compare_with_expected, evaluate, freeze_unused_backbone
 from samdetr.errors import UserError
 
 
@@ -118,6 +119,21 @@ def test_a_run_ends_when_its_ap_no_longer_rises(tmp_path, monkeypatch, caplog):
     run(patience=0, folder="whole")
     assert_equal_states(states(tmp_path / "stopped"), states(tmp_path / "whole"))
     assert torch.load(tmp_path / "stopped" / "model_best.pth", weights_only=True)["metric"] == 9.0
+
+
+def test_patience_is_that_of_a_run_that_was_never_stopped(tmp_path, monkeypatch):
+    """A killed run has kept its best weights after the checkpoint that it resumes from, and comes by them again."""
+    values = {1: 30.0, 2: 10.0, 3: 20.0, 4: 40.0, 5: 35.0, 6: 36.0, 7: 41.0, 8: 1.0}  # after each step
+    monkeypatch.setattr(Trainer, "_evaluate", lambda trainer: {"bbox": {"AP": values[min(trainer.iter + 1, 8)]}})
+    options = ["DATASETS.TEST", ("digits_val_20",), "TEST.EVAL_PERIOD", 1, "SOLVER.PATIENCE", 3, "SOLVER.MAX_ITER", 8]
+    cfg = trainer_config(tmp_path, *options, "SOLVER.CHECKPOINT_PERIOD", 3)
+    train_until(start(cfg), 5)
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    assert Checkpoint.read(tmp_path / "model_best.pth").iteration == 3  # counted from 0
+    train(cfg, resume=True)
+    assert states(tmp_path)["trainer"]["iteration"] == 7
+    assert Checkpoint.read(tmp_path / "model_best.pth").metric == 41.0
 
 
 @pytest.mark.parametrize("results", [{}, {"bbox": {"AP": float("nan")}}])
@@ -242,13 +258,15 @@ def test_the_best_weights_alone_are_no_run_to_resume_and_stay(tmp_path):
     assert (tmp_path / "model_best.pth").read_bytes() == before
 
 
-def test_an_evaluation_that_fails_loses_no_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["build_evaluator", "test"])
+def test_an_evaluation_that_fails_loses_no_step(what, tmp_path, monkeypatch):
     """Checkpoints and evaluations need not come together."""
     options = ["DATASETS.TEST", ("digits_val_20",), "TEST.EVAL_PERIOD", 3, "SOLVER.CHECKPOINT_PERIOD", 4]
     with monkeypatch.context() as context:
-        context.setattr(Trainer, "test", classmethod(lambda cls, *_: (_ for _ in ()).throw(UserError("no image"))))
+        trainer = start(trainer_config(tmp_path / "failed", *options))
+        context.setattr(Trainer, what, classmethod(lambda cls, *_: (_ for _ in ()).throw(UserError("no image"))))
         with pytest.raises(UserError, match="no image"):
-            train(trainer_config(tmp_path / "failed", *options))
+            trainer.train()
     assert (tmp_path / "failed" / "last_checkpoint").read_text() == "model_0000002.pth"
     monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, *_: {"bbox": {"AP": 12.0}}))
     train(trainer_config(tmp_path / "failed", *options), resume=True)
@@ -264,6 +282,18 @@ def test_the_best_of_another_evaluation_is_kept_and_not_compared(tmp_path, monke
     assert "was the best on digits_val_20, not on digits_val: it is now model_best_digits_val_20.pth" in caplog.text
     metrics = [Checkpoint.read(tmp_path / name).metric for name in ("model_best_digits_val_20.pth", "model_best.pth")]
     assert metrics == [30.0, 10.0]
+
+
+def test_the_best_weights_that_were_set_aside_are_not_replaced(tmp_path, monkeypatch):
+    scores = iter((30.0, 20.0, 10.0, 5.0))
+    monkeypatch.setattr(Trainer, "_evaluate", lambda self: {"bbox": {"AP": next(scores)}})
+    for end in (2, 4, 6, 8):
+        name = "digits_val_20" if end in (2, 6) else "digits_val"
+        options = ["SOLVER.MAX_ITER", 8, "DATASETS.TEST", (name,), "TEST.EVAL_PERIOD", 2]
+        train_until(start(trainer_config(tmp_path, *options), resume=end > 2), end)
+    found = {path.stem: Checkpoint.read(path).metric for path in tmp_path.glob("model_best*")}
+    names = ["model_best_digits_val_20", "model_best_digits_val", "model_best_digits_val_20_2", "model_best"]
+    assert found == dict(zip(names, (30.0, 20.0, 10.0, 5.0)))
 
 
 def test_the_best_of_another_version_stays(tmp_path, monkeypatch):
@@ -284,6 +314,28 @@ def test_detections_of_several_datasets_are_in_folders_of_their_own(tmp_path):
     assert folders == [str(tmp_path / "inference" / name) for name in options[1]]
     (name,) = options[1] = ("digits_val_20",)
     assert Trainer.build_evaluator(tiny_config(*options), name)._output_dir == str(tmp_path / "inference")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_weights_without_class_names_have_those_of_the_training_data(known, tmp_path, monkeypatch, caplog):
+    record = {"file_name": "1.png", "image_id": 1, "height": 9, "width": 9, "annotations": []}
+    names = {"trained_on": list("abcdefghij") if known else list("ab"), "tested_on": list("jihgfedcba")}
+    evaluators = []
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, cfg, model, built: evaluators.extend(built) or {}))
+    torch.save({"model": tiny_model().state_dict()}, tmp_path / "bare.pth")
+    options = ["DATASETS.TRAIN", ("trained_on",), "DATASETS.TEST", ("tested_on",), "OUTPUT_DIR", str(tmp_path)]
+    try:
+        for name, classes in names.items():
+            DatasetCatalog.register(name, lambda: [record])
+            MetadataCatalog.get(name).thing_classes = classes
+        evaluate(tiny_config(*options, "MODEL.WEIGHTS", str(tmp_path / "bare.pth")))
+    finally:
+        for name in names:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+    ids = evaluators[0]._metadata.thing_dataset_id_to_contiguous_id
+    assert ids == {index: 9 - index if known else index for index in range(10)}
+    assert ("does not say which classes it has" in caplog.text) is not known
 
 
 def test_a_checkpoint_of_another_trainer_is_not_resumed(tmp_path):

@@ -57,6 +57,11 @@ def test_a_good_dataset_passes(shapes_root):
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, True, "category ids duplicated: 1"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}, False, "classes without a box: 1 (b)"),
         ({"annotations": [GOOD] * 101}, False, "images with more than 100 boxes"),
+        (
+            {"annotations": [GOOD, {**GOOD, "id": 8}]},
+            False,
+            "boxes that stand twice in their image: 1 (1.png: [1.0, 1.0, 5",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_dataset_is_said(change, fatal, message, tmp_path):

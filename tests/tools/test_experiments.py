@@ -252,6 +252,13 @@ groups:
 
 
 @pytest.mark.slow
+def test_a_run_that_may_end_early_is_refused(tmp_path):
+    text = experiment_file(tmp_path).read_text().replace("[MODEL.SAMDETR.NUM_QUERIES, 6]", "[SOLVER.PATIENCE, 2]")
+    (entry, *_) = read_experiment(experiment_file(tmp_path, text)).runs
+    with pytest.raises(UserError, match=r"fast: SOLVER\.PATIENCE is 2, but all runs have all of their steps"):
+        scheduler.check_run(entry, config_of(entry, 1, tmp_path))
+
+
 def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path):
     text = f"""
 goals: []

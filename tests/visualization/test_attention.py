@@ -47,6 +47,22 @@ def test_recorded_weights_are_those_that_the_model_used(options):
     assert [layer.level_index for layer in layers] == ([2, 1, 0] if len(options) > 4 else [0, 0, 0])
 
 
+@pytest.mark.parametrize("options", [SMCA, PLAIN], ids=["smca", "plain"])
+def test_mixed_precision_is_recorded_too(options):
+    model, image = tiny_model(*options).eval(), make_input(64, 96)
+    found = []
+    for enabled in (True, False):
+        with record_attention(model) as layers, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model.predict([image])
+        assert layers[0].precision == (torch.bfloat16 if enabled else None)
+        found.append([layers[0].attention_weights([0, 5]), layers[0].gaussians([0, 5])])
+        draw_attention(image["image"].permute(1, 2, 0).numpy(), layers, 0, "a title")
+    for half, whole in zip(*found):
+        assert (half is None) == (whole is None) == (options is PLAIN and whole is None)
+        if half is not None:
+            assert half.dtype == torch.float32 and torch.allclose(half, whole, atol=0.05)
+
+
 def test_the_latest_forward_pass_is_recorded():
     model = tiny_model().eval()
     with record_attention(model) as layers:

@@ -31,6 +31,10 @@ def check_run(entry: Run, cfg) -> None:
         raise UserError(
             f"{entry.name}: SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS}, but runs are compared by steps: set MAX_ITER."
         )
+    if cfg.SOLVER.PATIENCE:
+        raise UserError(
+            f"{entry.name}: SOLVER.PATIENCE is {cfg.SOLVER.PATIENCE}, but all runs have all of their steps: set 0."
+        )
     if not 0 < cfg.TEST.EVAL_PERIOD <= cfg.SOLVER.MAX_ITER:
         raise UserError(
             f"{entry.name}: TEST.EVAL_PERIOD is {cfg.TEST.EVAL_PERIOD}, so that there is no curve: it must be between 1 and "

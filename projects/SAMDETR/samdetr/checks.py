@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 
 from .checkpoint import Checkpoint
 from .config import add_samdetr_config, number_of_classes
-from .data import class_names_of, match_classes, read_dataset
+from .data import class_names_of, classes_by_index, match_classes, read_dataset
 from .data.digits import DIGITS_DATASETS
 from .errors import UserError, did_you_mean
 from .limits import (
@@ -74,7 +74,7 @@ def check_config(
             raise UserError(f"{key} is {tuple(names)}: name each dataset once.")
     checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS) if weights else None
     if not training and checkpoint is not None and class_names is None:
-        class_names = checkpoint.class_names
+        class_names = checkpoint.class_names or classes_by_index(cfg.DATASETS.TRAIN, number_of_classes(cfg)[1])[0]
     classes = {"the model": list(class_names)} if class_names is not None else {}
     skip_missing = cfg.DATALOADER.UNREADABLE_IMAGES == "skip"
     for key in ("DATASETS.TRAIN", "DATASETS.TEST") if training else ("DATASETS.TEST",):

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
@@ -22,8 +21,8 @@ from detectron2.utils.file_io import PathManager
 from .checkpoint import CheckedCheckpointer, Checkpoint, check_fit
 from .checks import check_model
 from .config import load_config, merge_options
-from .data import match_classes, register_datasets
-from .data.images import ImageSource, check_regular_file, read_image
+from .data import classes_by_index, match_classes, register_datasets
+from .data.images import ImageSource, check_regular_file, files_below, read_image
 from .errors import UserError, one_line, one_line_each
 from .limits import SET_DETECTORS
 from .modeling.build import build_detector
@@ -166,6 +165,9 @@ def load(
         if path != cfg.MODEL.WEIGHTS:  # the options name other weights
             checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS)
     cfg.MODEL.DEVICE = device
+    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "float16" and not device.startswith("cuda"):
+        logger.warning("SOLVER.AMP.PRECISION float16 needs CUDA: on the CPU, %s runs in float32.", source)
+        cfg.SOLVER.AMP.ENABLED = False
     if cfg.MODEL.META_ARCHITECTURE not in SET_DETECTORS:
         known = ", ".join(SET_DETECTORS)
         raise UserError(f"{source} is a {cfg.MODEL.META_ARCHITECTURE}; only these can be loaded here: {known}.")
@@ -248,14 +250,7 @@ def _classes_of_dataset(cfg: CfgNode) -> tuple[list[str] | None, list[int] | Non
     """Return class names and category ids of the config's dataset, or (None, None) if its classes are not known."""
     with contextlib.suppress(UserError):  # its files need not be on this machine
         register_datasets(cfg)
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # the order is that of training
-        if name in DatasetCatalog.list():
-            metadata = MetadataCatalog.get(name)
-            names = metadata.get("thing_classes")
-            if names is not None and len(names) == cfg.MODEL.SAMDETR.NUM_CLASSES:
-                ids = metadata.get("thing_dataset_id_to_contiguous_id")
-                return one_line_each(names), sorted(ids, key=ids.get) if ids else None
-    return None, None
+    return classes_by_index((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.MODEL.SAMDETR.NUM_CLASSES)
 
 
 def list_images(paths: Iterable[str | os.PathLike], suffixes: Iterable[str]) -> list[Path]:
@@ -276,7 +271,7 @@ def list_images(paths: Iterable[str | os.PathLike], suffixes: Iterable[str]) -> 
                 check_regular_file(path)
             files.append(path)
             continue
-        inside = [p for p in sorted(path.rglob("*")) if not p.is_dir() and not p.name.startswith(".")]
+        inside = [p for p in files_below(path) if not p.name.startswith(".")]
         found = [p for p in inside if p.suffix.lower() in suffixes and p.is_file()]
         if not found:
             endings = ", ".join(sorted(suffixes))

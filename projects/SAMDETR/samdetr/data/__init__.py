@@ -5,7 +5,7 @@ import os
 from .build import TrainLoader, build_test_loader, build_train_loader, resolve_epochs, warn_about_capacity
 from .coco_format import read_coco
 from .dataset_mapper import DetrDatasetMapper
-from .datasets import class_names_of, clean_annotations, load_records, match_classes, read_dataset
+from .datasets import class_names_of, classes_by_index, clean_annotations, load_records, match_classes, read_dataset
 from .digits import register_digits
 from .registration import register_coco_format, register_datasets
 from .voc_format import read_voc
@@ -17,6 +17,7 @@ __all__ = [
     "build_test_loader",
     "build_train_loader",
     "class_names_of",
+    "classes_by_index",
     "clean_annotations",
     "load_records",
     "match_classes",

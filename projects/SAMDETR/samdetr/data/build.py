@@ -20,6 +20,7 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader
 
+from ..config import number_of_classes
 from ..errors import UserError
 from ..limits import SET_DETECTORS
 from .dataset_mapper import DetrDatasetMapper
@@ -158,6 +159,13 @@ def _training_records(cfg, report: bool = True) -> list[dict]:
     datasets = {
         name: load_records(name, class_names, training=True, skip_missing=skip_missing) for name in cfg.DATASETS.TRAIN
     }
+    key, number = number_of_classes(cfg)
+    for name, found in datasets.items():
+        labels = (entry["category_id"] for record in found for entry in record.get("annotations", []))
+        if number is not None and (largest := max(labels, default=0)) >= number:
+            raise UserError(
+                f"{name!r} has objects of class {largest}, but {key} is {number}: raise it, or correct the dataset."
+            )
     for name, found in datasets.items() if report else ():
         warn_about_capacity(cfg, name, found, training=True)
     records = list(chain.from_iterable(datasets.values()))

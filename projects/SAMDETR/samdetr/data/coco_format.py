@@ -425,6 +425,9 @@ class _Reader:
         boxes = np.where(cut[:, None], np.concatenate([inside_low, inside_high - inside_low], 1), boxes)
         areas = np.where(cut, np.minimum(areas, boxes[:, 2] * boxes[:, 3]), areas)
         self._look_at_units(table[:, 2:6], kept, over, sizes)
+        _, first = np.unique(table[kept, :6], axis=0, return_index=True)
+        for row in np.setdiff1d(np.flatnonzero(kept), np.flatnonzero(kept)[first]):
+            self.report.add("boxes that stand twice in their image", f"{names[image[row]]}: {table[row, 2:6].tolist()}")
         result.image_index, result.class_index = image[kept], label[kept]
         result.boxes, result.areas, result.crowd = boxes[kept], areas[kept], crowd[kept]
 

@@ -18,7 +18,7 @@ from ..errors import UserError, one_line_each
 from .coco_format import CocoAnnotations, read_coco
 from .registration import AnnotationSource
 
-__all__ = ["class_names_of", "clean_annotations", "load_records", "match_classes", "read_dataset"]
+__all__ = ["class_names_of", "classes_by_index", "clean_annotations", "load_records", "match_classes", "read_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,23 @@ def class_names_of(name: str) -> list[str] | None:
     return None if names is None else one_line_each(names)
 
 
+def classes_by_index(datasets: Sequence[str], number: int | None) -> tuple[list[str] | None, list[int] | None]:
+    """Return the classes of a model that does not say which it has: names and category ids of the first dataset that is
+    registered, loaded or not, with as many classes; (None, None) if there is none.
+
+    Args:
+        datasets: names; first those that the model was trained on, whose order its classes have.
+        number: of the model's classes; None if it is not known.
+    """
+    for name in datasets:
+        metadata = MetadataCatalog.get(name) if name in DatasetCatalog.list() else None
+        names = metadata and metadata.get("thing_classes")
+        if names is not None and number in (None, len(names)):
+            ids = metadata.get("thing_dataset_id_to_contiguous_id")
+            return one_line_each(names), sorted(ids, key=ids.get) if ids else None
+    return None, None
+
+
 def match_classes(own: Sequence[str], wanted: Sequence[str]) -> list[int]:
     """Match classes by name: return the index in ``wanted`` of each class in ``own``.
 
@@ -103,6 +120,9 @@ def load_records(
         records = DatasetCatalog.get(name)
         check_records(records, name, training=training)
         records = clean_annotations(records)
+        for record in records:
+            if isinstance(record["image_id"], np.integer):
+                record["image_id"] = int(record["image_id"])  # for JSON
     else:
         annotations.report.log(annotations.path)
         records = annotations.records()
@@ -138,12 +158,22 @@ def check_records(dataset_dicts: list[dict], name: str, *, training: bool) -> No
     if not isinstance(dataset_dicts, list) or not dataset_dicts:
         refuse("it must be a list of at least one record")
     first_with: dict[object, str] = {}
+    metadata = MetadataCatalog.get(name)
+    names, ids = metadata.get("thing_classes"), metadata.get("thing_dataset_id_to_contiguous_id")
+    if not training and names is not None and ids and sorted(ids.values()) != list(range(len(names))):
+        refuse(
+            f"its metadata's thing_dataset_id_to_contiguous_id must name each of its {len(names)} classes' indices once"
+        )
     for number, record in enumerate(dataset_dicts):
         where = f"record {number}"
         if not isinstance(record, dict) or not isinstance(record.get("file_name"), str | os.PathLike):
             refuse(f"{where} is not a dict with a 'file_name'")
         if not isinstance(record.get("image_id"), int | str | np.integer):
             refuse(f"{where} ({record['file_name']}) has no 'image_id', a number or text of its own")
+        if isinstance(record["image_id"], str) != isinstance(dataset_dicts[0]["image_id"], str):
+            refuse(
+                f"'image_id' is a text in some records and a number in others, such as {where}: make all of them alike"
+            )
         other = first_with.setdefault(record["image_id"], where)
         if other != where and not training:
             refuse(
@@ -163,6 +193,11 @@ def check_records(dataset_dicts: list[dict], name: str, *, training: bool) -> No
             category = entry.get("category_id")
             if isinstance(category, bool) or not isinstance(category, int | np.integer) or category < 0:
                 refuse(f"a 'category_id' of {where} ({record['file_name']}) is {category!r}, not a class's index")
+            if names is not None and category >= len(names):
+                refuse(
+                    f"{where} ({record['file_name']}) has an object of class {category}, but there are {len(names)} classes, "
+                    "counted from 0: correct it, or the metadata's thing_classes"
+                )
 
 
 def _is_box(box) -> bool:

@@ -6,6 +6,7 @@ import os
 import stat
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
@@ -19,6 +20,7 @@ __all__ = [
     "Picture",
     "SizeMismatchError",
     "check_regular_file",
+    "files_below",
     "log_once",
     "open_picture",
     "read_image",
@@ -43,6 +45,21 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def files_below(folder: str | os.PathLike) -> list[Path]:
+    """Return all files below a folder, also in folders that links lead to; a folder that is reached twice, once."""
+    found, seen = [], set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(path)
+        place = status.st_dev, status.st_ino
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders.sort()  # which of two ways comes first does not depend on the disk
+        found += [Path(path, name) for name in names]
+    return sorted(found)
 
 
 class SizeMismatchError(UserError):

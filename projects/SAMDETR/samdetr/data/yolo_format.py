@@ -21,7 +21,7 @@ import yaml
 from ..errors import UserError, did_you_mean
 from .coco_format import CocoAnnotations, read_coco_content
 from .findings import Report
-from .images import read_size
+from .images import files_below, read_size
 
 __all__ = ["read_yolo", "yolo_root"]
 
@@ -54,7 +54,13 @@ def read_yolo(file: str | os.PathLike, split: str) -> CocoAnnotations:
 def yolo_root(file: str | os.PathLike, description: dict | None = None) -> Path:
     """Return the folder that a data.yaml's paths are relative to."""
     description = _read_yaml(file) if description is None else description
-    return Path(file).parent / str(description.get("path") or ".")
+    return _plain(Path(file).parent / str(description.get("path") or "."))
+
+
+def _plain(path: Path) -> Path:
+    """Return a path without "..", which leads to above the folder that a link points to, not to above the link."""
+    plain = Path(os.path.normpath(path))
+    return plain if not path.exists() or (plain.exists() and plain.samefile(path)) else path.resolve()
 
 
 def _read_yaml(file: str | os.PathLike) -> dict:
@@ -104,7 +110,7 @@ def _images(file: str | os.PathLike, description: dict, split: str) -> list[Path
         if not path.exists() and str(place).startswith("../"):  # as exports of one well-known service have it
             path = yolo_root(file, description) / str(place)[3:]
         if path.is_dir():
-            images += [found for found in path.rglob("*") if found.suffix.lower() in _SUFFIXES and found.is_file()]
+            images += [found for found in files_below(path) if found.suffix.lower() in _SUFFIXES and found.is_file()]
         elif path.is_file():
             try:
                 lines = path.read_text("utf-8-sig").splitlines()
@@ -113,7 +119,7 @@ def _images(file: str | os.PathLike, description: dict, split: str) -> list[Path
             images += [path.parent / line.strip() for line in lines if line.strip()]
         else:
             raise UserError(f"{file}: {split!r} is {place!r}, but {path} is neither a folder nor a file.")
-    return sorted({Path(os.path.normpath(image)) for image in images})
+    return sorted({_plain(image) for image in images})
 
 
 def _label_file(image: Path) -> Path:

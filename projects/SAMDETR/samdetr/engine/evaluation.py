@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ..analysis import AP_NAMES, class_ap
 from ..checkpoint.checkpoint import write_atomically
+from ..config import number_of_classes
 from ..data import build_test_loader, load_records, match_classes, read_coco, read_dataset
 from ..errors import UserError, one_line_each
 from ..solver import autocast
@@ -52,10 +53,12 @@ class CheckedEvaluator(COCOEvaluator):
         tasks: tuple[str, ...] | None = None,
         output_dir: str | None = None,
         max_dets_per_image: int = 100,
+        num_classes: int | None = None,
     ):
         """
         Args:
             dataset_name, tasks, output_dir, max_dets_per_image: see :class:`detectron2.evaluation.COCOEvaluator`.
+            num_classes: of the model, for a dataset that a function makes and whose classes have no names.
 
         Raises:
             UserError: the dataset cannot be used.
@@ -72,7 +75,7 @@ class CheckedEvaluator(COCOEvaluator):
         if annotations is None:
             ids = metadata.get("thing_dataset_id_to_contiguous_id")
             names = metadata.get("thing_classes")
-            truth = ground_truth_of_records(dataset_name, load_records(dataset_name), names, ids)
+            truth = ground_truth_of_records(dataset_name, load_records(dataset_name), names, ids, num_classes)
         else:
             names, truth = annotations.class_names, annotations.ground_truth()
         # Replaces COCOEvaluator.__init__, which reads the annotation file itself.
@@ -94,6 +97,8 @@ class CheckedEvaluator(COCOEvaluator):
         else:
             ids = {category["id"]: index for index, category in enumerate(truth["categories"])}
         self._metadata = Metadata(name=dataset_name).set(thing_classes=names, thing_dataset_id_to_contiguous_id=ids)
+        # pycocotools sorts the classes by their ids, which need not be the order of their names.
+        self._names_by_id = names and [names[ids[number]] for number in sorted(ids)]
 
     def use_classes(self, class_names: Sequence[str]) -> None:
         """Evaluate a model whose classes have these names, by index; the dataset may have them in another order.
@@ -129,7 +134,7 @@ class CheckedEvaluator(COCOEvaluator):
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         self.coco_eval = coco_eval
-        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+        return super()._derive_coco_results(coco_eval, iou_type, self._names_by_id)
 
 
 def build_evaluator(
@@ -146,19 +151,25 @@ def build_evaluator(
     Raises:
         UserError: the dataset cannot be used.
     """
-    return CheckedEvaluator(dataset_name, tasks, output_dir, max(100, cfg.TEST.DETECTIONS_PER_IMAGE))
+    limit, (_, num_classes) = max(100, cfg.TEST.DETECTIONS_PER_IMAGE), number_of_classes(cfg)
+    return CheckedEvaluator(dataset_name, tasks, output_dir, limit, num_classes)
 
 
 def ground_truth_of_records(
-    dataset_name: str, records: list[dict], class_names: Sequence[str] | None, ids: dict[int, int] | None
+    dataset_name: str,
+    records: list[dict],
+    class_names: Sequence[str] | None,
+    ids: dict[int, int] | None,
+    num_classes: int | None = None,
 ) -> dict[str, list[dict]]:
     """Return records in detectron2's standard format as the content of a file in COCO's format; only their boxes.
 
     Args:
         dataset_name: name of the dataset.
-        records: its images.
+        records: its images, as :func:`samdetr.data.load_records` has checked them.
         class_names: the classes' names, by index; None if they are not known.
         ids: the classes' indices, by the dataset's own ids; None if these are the indices.
+        num_classes: of the model, for classes without names.
 
     Raises:
         UserError: there is an object of none of the classes.
@@ -170,14 +181,15 @@ def ground_truth_of_records(
             common = {"id": len(annotations) + 1, "image_id": record["image_id"], "category_id": entry["category_id"]}
             annotations.append({**common, "bbox": box, "area": box[2] * box[3], "iscrowd": entry.get("iscrowd", 0)})
     if class_names is None:
-        number = 1 + max([*(entry["category_id"] for entry in annotations), *(ids or {0: 0}).values()])
+        number = num_classes or 1 + max([*(entry["category_id"] for entry in annotations), *(ids or {0: 0}).values()])
         class_names = [str(index) for index in range(number)]
     own_ids = {index: number for number, index in (ids or {i: i for i in range(len(class_names))}).items()}
     for entry in annotations:
         if entry["category_id"] not in own_ids:
             raise UserError(
                 f"The dataset {dataset_name!r}, which a function made, has an object of class {entry['category_id']} in image "
-                f"{entry['image_id']}, but {len(own_ids)} classes: correct it, or its metadata's thing_classes."
+                f"{entry['image_id']}, but there are {len(own_ids)} classes: correct it, or name the classes in its metadata's "
+                "thing_classes."
             )
         entry["category_id"] = own_ids[entry["category_id"]]
     categories = [{"id": own_ids[index], "name": name} for index, name in enumerate(class_names)]

@@ -70,8 +70,9 @@ class KeepBest(HookBase):
         self.checkpointer = checkpointer
         self.period = period
         self.metric = metric
-        self.best = -math.inf
-        self.without_gain = 0  # evaluations that have found an AP, since the best one
+        self.best = -math.inf  # in model_best.pth
+        self.best_so_far = -math.inf  # up to this step; less than that, where a resumed run repeats the way to it
+        self.without_gain = 0  # evaluations that have found an AP, since the best one so far
         self._seen = -1  # iteration of the last such evaluation
 
     def before_train(self):
@@ -80,10 +81,8 @@ class KeepBest(HookBase):
             for iteration, line in sorted(self.trainer.earlier_metrics.items())
             if math.isfinite(line.get(self.metric, math.nan))
         }
-        best = -math.inf
         for value in earlier.values():
-            self.without_gain = 0 if value > best else self.without_gain + 1
-            best = max(best, value)
+            self._count(value)
         path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
         if self.trainer.start_iter > 0 and PathManager.isfile(path):
             try:
@@ -99,16 +98,23 @@ class KeepBest(HookBase):
                     self._set_aside(path, before)
                 elif kept.metric is not None and math.isfinite(kept.metric):
                     self.best, best_at = kept.metric, kept.iteration or 0
-                    # Not since the best of all lines: earlier ones may be of other data.
-                    self.without_gain = sum(iteration > best_at for iteration in earlier)
+                    if best_at < self.trainer.start_iter - self.trainer.evaluation_missed:
+                        # Not since the best of all lines: earlier ones may be of other data.
+                        self.best_so_far = self.best
+                        self.without_gain = sum(iteration > best_at for iteration in earlier)
         if self.trainer.evaluation_missed:
             self._keep()
 
     def _set_aside(self, path: str, dataset: str) -> None:
         """Keep the best weights of an evaluation on other data under another name: their AP is not to be compared."""
-        name = f"model_best_{dataset}.pth"
-        os.replace(path, os.path.join(self.checkpointer.save_dir, name))
-        self.without_gain = 0
+        folder, number = self.checkpointer.save_dir, 1
+        name = stem = f"model_best_{dataset.replace('/', '_')}"
+        while os.path.exists(os.path.join(folder, f"{name}.pth")):
+            number += 1
+            name = f"{stem}_{number}"
+        name += ".pth"
+        os.replace(path, os.path.join(folder, name))
+        self.best_so_far, self.without_gain = -math.inf, 0
         logger.warning(
             "model_best.pth was the best on %s, not on %s: it is now %s, and the best is looked for from here on.",
             *(dataset, self.trainer.cfg.DATASETS.TEST[0], name),
@@ -128,11 +134,15 @@ class KeepBest(HookBase):
         if not math.isfinite(value) or iteration == self._seen:  # this evaluation has found no AP
             return
         self._seen = iteration
-        self.without_gain += 1
+        self._count(value)
         if value > self.best:
-            self.best, self.without_gain = value, 0
+            self.best = value
             self.checkpointer.save("model_best", iteration=iteration, metric=value, tag=False)
             logger.info("Best %s so far, %.2f at iteration %d: kept in model_best.pth.", self.metric, value, iteration)
+
+    def _count(self, value: float) -> None:
+        self.without_gain = 0 if value > self.best_so_far else self.without_gain + 1
+        self.best_so_far = max(self.best_so_far, value)
 
 
 class StopEarly(HookBase):

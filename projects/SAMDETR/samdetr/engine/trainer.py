@@ -16,7 +16,15 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import CheckedCheckpointer, Checkpoint, describe_run
-from ..data import build_test_loader, build_train_loader, load_records, resolve_epochs, warn_about_capacity
+from ..config import number_of_classes
+from ..data import (
+    build_test_loader,
+    build_train_loader,
+    classes_by_index,
+    load_records,
+    resolve_epochs,
+    warn_about_capacity,
+)
 from ..errors import UserError
 from ..modeling.build import build_detector
 from ..solver import MovingAverage, autocast, build_optimizer
@@ -108,6 +116,7 @@ class Trainer(DefaultTrainer):
         self.earlier_metrics: dict[int, dict] = {}  # of a run that is resumed, by iteration
         for name in cfg.DATASETS.TEST:  # before training, so that no mistake in them comes to light hours later
             check_test_dataset(cfg, name, self.description["class_names"])
+        build_evaluators(type(self), cfg, self.description["class_names"])
         import_trackers(cfg)
         self.register_hooks(self.build_hooks())
 
@@ -194,16 +203,16 @@ class Trainer(DefaultTrainer):
             # BatchNorm's statistics, if not frozen, differ between processes: use rank 0's, which the checkpoints hold.
             for buffer in self.evaluated_model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        evaluators = build_evaluators(type(self), self.cfg, self.description["class_names"])
         try:
+            evaluators = build_evaluators(type(self), self.cfg, self.description["class_names"])
             self._last_eval_results = self.test(self.cfg, self.evaluated_model, evaluators)
+            write_results(self.cfg, self._last_eval_results, "evaluation.json", f"iteration {self.iter}")
         except StopRequested as stop:
             self.save_and_stop(stop.number)
         except Exception:  # such as an image that cannot be read: the steps since the last checkpoint are not lost
             with contextlib.suppress(Exception):
                 self._save_last_step()
             raise
-        write_results(self.cfg, self._last_eval_results, "evaluation.json", f"iteration {self.iter}")
         return self._last_eval_results
 
     def _save_last_step(self) -> int:
@@ -425,13 +434,21 @@ def build_evaluators(trainer_class: type[Trainer], cfg, class_names: list[str] |
 def evaluate(cfg) -> dict:
     """Evaluate ``MODEL.WEIGHTS`` on ``DATASETS.TEST``; with ``SOLVER.EMA.ENABLED``, the averaged weights in it.
 
-    If the checkpoint knows its classes, those of the datasets are matched by name.
+    The classes of the datasets are matched by name with those of the checkpoint or, if it does not say, of ``DATASETS.TRAIN``.
 
     Raises:
         UserError: the checkpoint or a dataset cannot be used, or they have different classes.
     """
     checkpoint = Checkpoint.read_local(cfg.MODEL.WEIGHTS)
     class_names = checkpoint.class_names if checkpoint else None
+    if class_names is None:
+        class_names, _ = classes_by_index(cfg.DATASETS.TRAIN, number_of_classes(cfg)[1])
+    if class_names is None and cfg.MODEL.WEIGHTS:
+        logger.warning(
+            "%s does not say which classes it has, and DATASETS.TRAIN neither: the order of the classes is taken to be that of "
+            "DATASETS.TEST.",
+            cfg.MODEL.WEIGHTS,
+        )
     for name in cfg.DATASETS.TEST:
         check_test_dataset(cfg, name, class_names)
     model = Trainer.build_model(cfg)

@@ -36,6 +36,7 @@ class RecordedLayer:
         level: the feature level that it attends to.
         cross_attention: the layer's module.
         output: (B, Q, C), what the module returned.
+        precision: of mixed precision, if the model ran in it.
     """
 
     level_index: int
@@ -44,23 +45,29 @@ class RecordedLayer:
     level: FeatureLevel
     cross_attention: DotProductAttention
     output: Tensor
+    precision: torch.dtype | None
 
     def chosen(self, queries: Sequence[int]) -> AlignedQuery:
         """Return the aligned query of some queries only."""
         fields = (self.query.content, self.query.position, self.query.keypoints, self.query.gaussian_scales)
         return AlignedQuery(*(None if field is None else field[:, list(queries)] for field in fields))
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.output.device.type, dtype=self.precision, enabled=self.precision is not None)
+
     @torch.no_grad()
     def attention_weights(self, queries: Sequence[int]) -> Tensor:
-        """Return the weights that the model used, (B, n, M, H, W); they sum to one over the unpadded pixels."""
-        weights = self.cross_attention.attention_weights(self.chosen(queries), self.level)
-        return weights.transpose(1, 2).unflatten(-1, self.level.size)
+        """Return the weights that the model used, (B, n, M, H, W) float32; they sum to one over the unpadded pixels."""
+        with self._autocast():
+            weights = self.cross_attention.attention_weights(self.chosen(queries), self.level)
+        return weights.float().transpose(1, 2).unflatten(-1, self.level.size)
 
     @torch.no_grad()
     def gaussians(self, queries: Sequence[int]) -> Tensor | None:
         """Return each head's Gaussian, (B, n, M, H, W) in (0, 1], which multiplies its weights; None without SMCA."""
-        x, y = self.cross_attention.log_gaussian(self.chosen(queries), self.level)
-        return None if x is None else (x[..., None, :] + y[..., :, None]).exp().transpose(1, 2)
+        with self._autocast():
+            x, y = self.cross_attention.log_gaussian(self.chosen(queries), self.level)
+        return None if x is None else (x.float()[..., None, :] + y.float()[..., :, None]).exp().transpose(1, 2)
 
 
 @contextlib.contextmanager
@@ -94,7 +101,9 @@ def record_attention(model: nn.Module) -> Iterator[list[RecordedLayer]]:
 
     def after_attention(module, arguments, output):
         query, levels, index = arguments
-        recorded.append(RecordedLayer(index, boxes[-1], query, levels[index], module, output.detach()))
+        device = output.device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        recorded.append(RecordedLayer(index, boxes[-1], query, levels[index], module, output.detach(), precision))
 
     handles = [layer.aligner.register_forward_hook(after_aligner) for layer in layers]
     handles += [layer.cross_attention.register_forward_hook(after_attention) for layer in layers]
