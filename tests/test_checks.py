@@ -50,6 +50,23 @@ ODD_WIDTH = [
             r"EXPECTED_RESULTS is for one dataset, but DATASETS\.TEST names several",
         ),
         (["MODEL.SAMDETR.NUM_HEADS", 5], r"HIDDEN_DIM \(32\) is not divisible by MODEL\.SAMDETR\.NUM_HEADS \(5\)"),
+        (
+            ["MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 32],
+            r"NUM_GROUPS and HIDDEN_DIM are both 32, so that each group is one",
+        ),
+        (["MODEL.SAMDETR.LOSS.FOCAL_GAMMA", 0.5], r"FOCAL_GAMMA is 0\.5, between 0 and 1, where the loss has infinite"),
+        (
+            [
+                *("MODEL.SAMDETR.QUERY_GENERATOR.NAME", "DenoisingQueryGenerator"),
+                *(
+                    "MODEL.SAMDETR.QUERY_GENERATOR.DN_NEGATIVES",
+                    True,
+                    "MODEL.SAMDETR.QUERY_GENERATOR.DN_BOX_NOISE",
+                    0.0,
+                ),
+            ],
+            r"DN_NEGATIVES needs noise .* but DN_BOX_NOISE is 0: raise it",
+        ),
         (["MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 7], r"HIDDEN_DIM \(32\) is not divisible by .*NUM_GROUPS \(7\)"),
         (["MODEL.SAMDETR.ALIGNER.REDUCTION", 5], r"HIDDEN_DIM \(32\) is not divisible by .*ALIGNER\.REDUCTION \(5\)"),
         (["MODEL.SAMDETR.ALIGNER.NUM_KEYPOINTS", 3], r"NUM_HEADS \(4\) is not divisible by .*NUM_KEYPOINTS \(3\)"),

@@ -19,7 +19,7 @@ def frame_of(*objects):
     corners = torch.tensor([[x, y, x + 20, y + 20] for x, y, _ in objects]).float().reshape(-1, 4)
     instances.pred_boxes = Boxes(corners)
     instances.scores = torch.tensor([score for *_, score in objects]).float()
-    instances.pred_classes = torch.arange(len(objects))
+    instances.pred_classes = instances.query_indices = torch.arange(len(objects))
     return instances
 
 
@@ -73,6 +73,18 @@ def test_an_object_is_remembered_for_a_second():
 
     assert after(frames=5) == [0, 0]
     assert after(frames=15) == [-1, 1]
+
+
+def test_an_object_of_two_classes_has_one_number_whichever_is_the_better():
+    """Both are of one query, whose box they share."""
+    tracker = make_tracker()
+    for number in range(4):
+        frame = frame_of((0, 0, 0.6), (0, 0, 0.5), (100, 100, 0.4))
+        frame.pred_classes = torch.tensor([[0, 1, 2], [1, 0, 2]][number % 2])
+        frame.query_indices = torch.tensor([7, 7, 3])
+        found = tracker(frame)
+        assert found.track_ids.tolist() == ([-1, -1, -1] if number == 0 else [0, 0, 1])
+        assert found.pred_classes.tolist() == frame.pred_classes.tolist()
 
 
 def test_the_detections_keep_all_they_have():

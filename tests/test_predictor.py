@@ -3,6 +3,7 @@
 import logging
 import pickle
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -249,6 +250,14 @@ def test_half_precision_of_cuda_is_single_precision_on_the_cpu(checkpoint, caplo
     options = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "float16"]
     predictor = samdetr.load(checkpoint[0], device="cpu", options=options)
     assert not predictor.cfg.SOLVER.AMP.ENABLED and "float16 needs CUDA" in caplog.text
+
+
+def test_images_are_read_when_their_turn_comes(checkpoint):
+    predictor, read = samdetr.load(checkpoint[0], device=torch.device("cpu")), []
+    with mock.patch.object(predictor.model, "forward", side_effect=lambda batch: read.append(len(taken)) or []):
+        taken = []
+        predictor((taken.append(i) or photo() for i in range(5)), batch_size=2)
+    assert read == [2, 4, 5]
 
 
 def test_devices_that_are_not_there(checkpoint):

@@ -25,12 +25,16 @@ def test_backbone_has_its_own_rate_and_decay_applies_to_everything():
 
 
 def test_biases_have_a_factor_beside_the_backbones():
-    cfg = tiny_config("SOLVER.BACKBONE_MULTIPLIER", 0.1, "SOLVER.BIAS_LR_FACTOR", 2.0)
+    options = ["SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.5]
+    cfg = tiny_config("SOLVER.BACKBONE_MULTIPLIER", 0.1, *options)
     model = build_model(cfg)
-    rates = {id(p): group["lr"] for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
+    groups = {id(p): group for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        factor = (0.1 if name.startswith("backbone.") else 1.0) * (2.0 if name.endswith(".bias") else 1.0)
-        assert rates[id(parameter)] == pytest.approx(cfg.SOLVER.BASE_LR * factor), name
+        factor = (0.1 if name.startswith("backbone.") else 1.0) * (2.0 if name.endswith("bias") else 1.0)
+        assert groups[id(parameter)]["lr"] == pytest.approx(cfg.SOLVER.BASE_LR * factor), name
+        if name.endswith("in_proj_bias"):
+            assert groups[id(parameter)]["weight_decay"] == 0.5
+    assert any(name.endswith("in_proj_bias") for name, _ in model.named_parameters())
 
 
 def test_a_detector_may_have_slower_parameters():

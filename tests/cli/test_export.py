@@ -120,6 +120,19 @@ def test_the_packages_that_are_missing_are_named(monkeypatch, tmp_path, capsys):
         samdetr.export.onnx_to_openvino("a.onnx", tmp_path / "a.xml")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "arguments", "message"),
+    [
+        (".xml", ["fp32"], "precision is 'fp32': choose from float32, float16, int8"),
+        (".xml", ["int8"], "int8 needs images"),
+        (".onnx", ["float16"], r"model\.onnx cannot be in float16: only files of OpenVINO"),
+    ],
+)
+def test_precisions_that_there_are_not(suffix, arguments, message, tmp_path):
+    with pytest.raises(samdetr.UserError, match=message):
+        samdetr.export.export(None, None, tmp_path / f"model{suffix}", *arguments)
+
+
 def test_the_share_is_of_the_ten_best_wherever_the_file_ranks_them(monkeypatch):
     corners = np.stack([np.array([i / 12, 0.1, (i + 1) / 12, 0.5]) for i in range(12)])[None].astype(np.float32)
     expected = {"boxes": corners, "scores": np.linspace(0.9, 0.35, 12)[None], "classes": np.arange(12)[None]}

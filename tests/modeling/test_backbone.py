@@ -94,6 +94,14 @@ def test_a_copy_does_not_keep_the_scales():
     assert torch.allclose(copied(x), Conv2d.forward(copied, x), atol=1e-5)
 
 
+def test_a_model_that_was_made_in_inference_mode_runs_outside_of_it():
+    with torch.inference_mode():
+        module = optimize_backbone(Conv2d(6, 8, 3, norm=FrozenBatchNorm2d(8)))
+    x = torch.randn(2, 6, 9, 7)
+    with torch.no_grad():
+        assert torch.allclose(module(x), Conv2d.forward(module, x), atol=1e-5)
+
+
 def test_norms_that_learn_are_not_folded():
     backbone = optimize_backbone(build_backbone(tiny_config("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0)))
     assert not any(isinstance(module, FoldedConv2d) for module in backbone.modules())

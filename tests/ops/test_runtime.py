@@ -1,8 +1,12 @@
 """samdetr.ops.runtime: precision, recomputation, and copies to the device."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from processes import environment
 from samdetr.ops.runtime import exact_products, run_layer, upload
 
 
@@ -21,6 +25,20 @@ def test_exact_products_end_where_they_began():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_torchs_newer_switches_of_precision_may_be_set():
+    """In a process of its own: torch does not go back from them to the older one."""
+    code = """
+import torch
+from samdetr.ops.runtime import exact_products, products_are_exact
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+assert not products_are_exact()
+with exact_products(torch.device("cpu")):
+    assert products_are_exact()
+assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment())
 
 
 def test_layers_with_random_numbers_draw_the_same_when_recomputed():

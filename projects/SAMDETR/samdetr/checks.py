@@ -310,6 +310,22 @@ def _check_set_detector(cfg: CfgNode) -> None:
                 f"MODEL.SAMDETR.{key} is True, which has no effect while MODEL.SAMDETR.{other} is {without!r}: set that to "
                 f"{needed!r}, or {key} False."
             )
+    if node.PROJECTION_NUM_GROUPS and node.HIDDEN_DIM == node.PROJECTION_NUM_GROUPS:
+        raise UserError(
+            f"MODEL.SAMDETR.PROJECTION_NUM_GROUPS and HIDDEN_DIM are both {node.HIDDEN_DIM}, so that each group is a channel, "
+            "which a map of one pixel cannot be normalised by: lower the first."
+        )
+    if 0 < node.LOSS.FOCAL_GAMMA < 1:
+        raise UserError(
+            f"MODEL.SAMDETR.LOSS.FOCAL_GAMMA is {node.LOSS.FOCAL_GAMMA}, between 0 and 1, where the loss has infinite "
+            "gradients: use 0, or 1 or more."
+        )
+    generator = node.QUERY_GENERATOR
+    if generator.DN_NEGATIVES and not generator.DN_BOX_NOISE:
+        raise UserError(
+            "MODEL.SAMDETR.QUERY_GENERATOR.DN_NEGATIVES needs noise to tell objects from background, but DN_BOX_NOISE is 0: "
+            "raise it, or set DN_NEGATIVES False."
+        )
     if not any(node.MATCHER.values()):
         raise UserError("All weights in MODEL.SAMDETR.MATCHER are 0, so that nothing is matched: raise one of them.")
     if not any(node.LOSS[key] for key in ("CLASS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT")):

@@ -94,18 +94,17 @@ def trace(predictor: Predictor, size: tuple[int, int] = (480, 640)) -> torch.exp
     """
     if not isinstance(predictor.model, SAMDETR):
         raise UserError(f"A {type(predictor.model).__name__} cannot be exported here: only a SAMDETR can.")
-    if min(size) < _SMALLEST_SIDE:
+    divisor = max(1, predictor.model.backbone.size_divisibility)
+    smallest = _fewest_multiples(divisor)
+    if min(size) < (side := max(_SMALLEST_SIDE, divisor * smallest)):
         raise UserError(
-            f"size is {size[0]} x {size[1]}: trace with an image of at least {_SMALLEST_SIDE} pixels per side.",
-            argument="size",
+            f"size is {size[0]} x {size[1]}: trace with an image of at least {side} pixels per side.", argument="size"
         )
     # Some facts about shapes hold for every size, but the tracer cannot prove them; it then asserts them at run time.
     if "prefer_deferred_runtime_asserts_over_guards" not in inspect.signature(torch.export.export).parameters:
         raise UserError(f"Exporting needs a newer torch than {torch.__version__} (2.14 is known to work).")
-    divisor = max(1, predictor.model.backbone.size_divisibility)
     height, width = (-(-side // divisor) * divisor for side in size)
     model = ExportableModel(copy.deepcopy(predictor.model).cpu().float()).eval()
-    smallest = _fewest_multiples(divisor)
     sides = [divisor * torch.export.Dim(name, min=smallest) for name in ("rows", "columns")]
     with torch.no_grad():
         return torch.export.export(
@@ -140,8 +139,12 @@ def export(
         precision, calibration: of OpenVINO files, see :func:`onnx_to_openvino`.
 
     Raises:
-        UserError: the ending is none of these, or a package that it needs is missing.
+        UserError: the ending is none of these, a package that it needs is missing, or the precision is not one that such a file
+            can have.
     """
+    _check_precision(precision, calibration)
+    if precision != "float32" and Path(path).suffix.lower() != ".xml":
+        raise UserError(f"{path} cannot be in {precision}: only files of OpenVINO, .xml, can.", argument="precision")
     path, description = Path(path), json.dumps(describe(predictor))
     if path.suffix.lower() == ".pt2":
         torch.export.save(program, path, extra_files={"samdetr.json": description})
@@ -178,8 +181,9 @@ def onnx_to_openvino(
             "int8".
 
     Raises:
-        UserError: a package is missing.
+        UserError: a package is missing, there is no such precision, or no image for the calibration of "int8".
     """
+    _check_precision(precision, calibration)
     onnx, openvino = import_extra("onnx", "onnx"), import_extra("openvino", "openvino")
     # OpenVINO's runtime reads ONNX by itself; its converter for other formats would send usage data over the network.
     model = openvino.Core().read_model(str(source))
@@ -193,6 +197,13 @@ def onnx_to_openvino(
     description = next(entry.value for entry in graph.metadata_props if entry.key == "samdetr")
     model.set_rt_info(description, "samdetr")
     openvino.save_model(model, str(path), compress_to_fp16=precision != "float32")
+
+
+def _check_precision(precision: str, calibration: Sequence[np.ndarray]) -> None:
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}: choose from {', '.join(PRECISIONS)}.", argument="precision")
+    if precision == "int8" and not len(calibration):
+        raise UserError("int8 needs images, on which ranges are measured.", argument="calibration")
 
 
 def _nodes_below(graph, modules: Sequence[str]) -> set[str]:

@@ -43,18 +43,23 @@ class ObjectTracker:
 
         Returns:
             Those above the threshold, and those below it that continue a track, in the same order, with ``track_ids`` (n,)
-            int64: the object's number from 0, or -1 for a detection that is in no track, as every one in its first frame.
+            int64: the object's number from 0, the same for all classes of a query, or -1 for a detection in no track, as every
+            one in its first frame.
         """
         instances = instances[instances.scores >= min(_LOWEST_SCORE, self.score_threshold)]
+        # A query may be of several classes, in one box: the best one stands for all.
+        queries = instances.query_indices.tolist()
+        best = {query: index for index, query in reversed(list(enumerate(queries)))}
+        firsts = sorted(best.values())
         tracked = self.tracker.update(
             self.supervision.Detections(
-                xyxy=instances.pred_boxes.tensor.numpy(),
-                confidence=instances.scores.numpy(),
-                data={"index": np.arange(len(instances))},
+                xyxy=instances.pred_boxes.tensor[firsts].numpy(),
+                confidence=instances.scores[firsts].numpy(),
+                data={"index": np.array(firsts, np.int64)},
             )
         )
         ids = torch.full((len(instances),), -1)
         if len(tracked):
             ids[torch.from_numpy(tracked.data["index"])] = torch.from_numpy(tracked.tracker_id)
-        instances.track_ids = ids
+        instances.track_ids = ids[[best[query] for query in queries]]
         return instances[(instances.scores >= self.score_threshold) | (ids >= 0)]

@@ -5,6 +5,7 @@ instances = predictor("street.jpg")
 """
 
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -91,10 +92,8 @@ class Predictor:
             return self([images])[0]
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: it must be 1 or more.")
-        images = list(images)
-        results = []
-        for start in range(0, len(images), batch_size):
-            batch = [self.prepare(self.read(image)) for image in images[start : start + batch_size]]
+        results, remaining = [], iter(images)  # which may be the frames of a film: not all at once
+        while batch := [self.prepare(self.read(image)) for image in itertools.islice(remaining, batch_size)]:
             with torch.no_grad(), autocast(self.cfg, self.model.device):
                 results += [output["instances"].to("cpu") for output in self.model(batch)]
         return results
@@ -122,7 +121,7 @@ def load(
     *,
     config_file: str | os.PathLike | None = None,
     class_names: Sequence[str] | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     options: Sequence[Any] = (),
 ) -> Predictor:
     """Load a trained model. A checkpoint is opened once.
@@ -200,7 +199,8 @@ def _check_size(cfg: CfgNode, checkpoint: Checkpoint) -> None:
     check_fit(checkpoint.path, shapes, checkpoint.weights, complete=True)
 
 
-def _check_device(device: str) -> str:
+def _check_device(device: str | torch.device) -> str:
+    device = str(device)
     try:
         kind = torch.device(device).type
     except RuntimeError as error:

@@ -110,16 +110,20 @@ def build_optimizer(cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
     own_factor = getattr(model, "lr_factor", lambda name: 1.0)
 
     def lr_factor(name: str) -> float:
-        of_bias = cfg.SOLVER.BIAS_LR_FACTOR if name.endswith(".bias") else 1.0
+        of_bias = cfg.SOLVER.BIAS_LR_FACTOR if name.endswith("bias") else 1.0
         return backbone_lr_factor(name, cfg.SOLVER.BACKBONE_MULTIPLIER) * own_factor(name) * of_bias
 
+    decay = cfg.SOLVER.WEIGHT_DECAY_BIAS
     parameters = get_default_optimizer_params(
         model,
         base_lr=cfg.SOLVER.BASE_LR,
         weight_decay=cfg.SOLVER.WEIGHT_DECAY,
         weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        weight_decay_bias=decay,
         lr_factor_func=lr_factor,
+        overrides=None
+        if decay is None
+        else {"in_proj_bias": {"weight_decay": decay}},  # which detectron2 does not know
     )
     # A fused step passes over the weights once instead of a dozen times.
     fused = all(p.device.type in ("cpu", "cuda") for group in parameters for p in group["params"])
@@ -147,6 +151,8 @@ def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
         ValueError: something is missing without which the next step would fail.
     """
     own = optimizer.param_groups
+    if len(own) != len(state_dict["param_groups"]):
+        raise ValueError(f"the optimizer has {len(state_dict['param_groups'])} parameter groups instead of {len(own)}")
     for kind, entries, needed in (
         ("parameter group", state_dict["param_groups"], {"lr", "betas", "eps", "weight_decay"}),
         ("state", state_dict["state"].values(), {"step", "exp_avg", "exp_avg_sq"}),

@@ -16,6 +16,7 @@ __all__ = [
     "autocast_dtype",
     "exact_products",
     "is_tracing",
+    "products_are_exact",
     "run_layer",
     "to_autocast_dtype",
     "triton_runs_on",
@@ -56,22 +57,47 @@ def to_autocast_dtype(x: Tensor) -> Tensor:
     return x.to(autocast_dtype(x))
 
 
+def products_are_exact() -> bool:
+    """Return whether matrix products in float32 are computed as such on CUDA, and not in TF32."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # the process has set torch's newer switches, which must not be mixed with this one
+        return torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Switch TF32 off inside this context, by torch's newer switches if the process has set those."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        before = [switch.fp32_precision for switch in switches]
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for switch, value in zip(switches, before):
+                switch.fp32_precision = value
+        return
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
+
+
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """Compute matrix products in float32 as such inside this context, without mixed precision and TF32.
 
     Their backward pass, which comes later, is computed as everything else is.
     """
-    precision = torch.get_float32_matmul_precision()
-    change = precision != "highest" and not is_tracing()
-    if change:
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if change:
-            torch.set_float32_matmul_precision(precision)
+    with contextlib.nullcontext() if is_tracing() else _without_tf32(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def run_layer(layer: Callable, *args, recompute: bool, random: bool = True):

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .runtime import products_are_exact
+
 __all__ = ["attend_triton"]
 
 _TILE = 32  # queries or pixels
@@ -247,7 +249,7 @@ class _AttendTriton(torch.autograd.Function):
     def options(q, k, v, padding_mask, bias_x, bias_y) -> tuple[list[int], dict]:
         pixels = k.shape[2]
         width = 1 if bias_x is None else bias_x.shape[-1]
-        exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        exact = q.dtype == torch.float32 and products_are_exact()
         return [q.shape[2], pixels, width, pixels // width], {
             "M": q.shape[1],
             "J": k.shape[1],
