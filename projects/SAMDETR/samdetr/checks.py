@@ -310,11 +310,6 @@ def _check_set_detector(cfg: CfgNode) -> None:
                 f"MODEL.SAMDETR.{key} is True, which has no effect while MODEL.SAMDETR.{other} is {without!r}: set that to "
                 f"{needed!r}, or {key} False."
             )
-    if node.PROJECTION_NUM_GROUPS and node.HIDDEN_DIM == node.PROJECTION_NUM_GROUPS:
-        raise UserError(
-            f"MODEL.SAMDETR.PROJECTION_NUM_GROUPS and HIDDEN_DIM are both {node.HIDDEN_DIM}, so that each group is a channel, "
-            "which a map of one pixel cannot be normalised by: lower the first."
-        )
     if 0 < node.LOSS.FOCAL_GAMMA < 1:
         raise UserError(
             f"MODEL.SAMDETR.LOSS.FOCAL_GAMMA is {node.LOSS.FOCAL_GAMMA}, between 0 and 1, where the loss has infinite "

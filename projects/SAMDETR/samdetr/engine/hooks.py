@@ -98,7 +98,9 @@ class KeepBest(HookBase):
                     self._set_aside(path, before)
                 elif kept.metric is not None and math.isfinite(kept.metric):
                     self.best, best_at = kept.metric, kept.iteration or 0
-                    if best_at < self.trainer.start_iter - self.trainer.evaluation_missed:
+                    # A run that was complete and goes on has evaluated "after" its last step, see keep_metrics_before.
+                    final = earlier.get(self.trainer.start_iter - 1) == self.best and best_at == self.trainer.start_iter
+                    if final or best_at < self.trainer.start_iter - self.trainer.evaluation_missed:
                         # Not since the best of all lines: earlier ones may be of other data.
                         self.best_so_far = self.best
                         self.without_gain = sum(iteration > best_at for iteration in earlier)
