@@ -50,10 +50,6 @@ ODD_WIDTH = [
             r"EXPECTED_RESULTS is for one dataset, but DATASETS\.TEST names several",
         ),
         (["MODEL.SAMDETR.NUM_HEADS", 5], r"HIDDEN_DIM \(32\) is not divisible by MODEL\.SAMDETR\.NUM_HEADS \(5\)"),
-        (
-            ["MODEL.SAMDETR.PROJECTION_NUM_GROUPS", 32],
-            r"NUM_GROUPS and HIDDEN_DIM are both 32, so that each group is one",
-        ),
         (["MODEL.SAMDETR.LOSS.FOCAL_GAMMA", 0.5], r"FOCAL_GAMMA is 0\.5, between 0 and 1, where the loss has infinite"),
         (
             [

@@ -141,6 +141,9 @@ def test_mistakes_in_a_run_come_to_light_before_anything_is_trained(tmp_path):
     text = experiment_file(tmp_path).read_text().replace("[MODEL.SAMDETR.NUM_QUERIES, 6]", "[TEST.EVAL_PERIOD, 0]")
     with pytest.raises(UserError, match=r"fast: TEST\.EVAL_PERIOD is 0, so that there is no curve"):
         scheduler.train(read_experiment(experiment_file(tmp_path, text)), tmp_path, [], jobs=1, threads=1, lock=0)
+    text = experiment_file(tmp_path).read_text().replace("[MODEL.SAMDETR.NUM_QUERIES, 6]", "[SOLVER.PATIENCE, 2]")
+    with pytest.raises(UserError, match=r"fast: SOLVER\.PATIENCE is 2, but all runs have all of their steps"):
+        scheduler.train(read_experiment(experiment_file(tmp_path, text)), tmp_path, [], jobs=1, threads=1, lock=0)
     text = experiment_file(tmp_path).read_text().replace("[MODEL.SAMDETR.NUM_QUERIES, 6]", "[SOLVER.EPOCHS, 2]")
     with pytest.raises(UserError, match=r"fast: SOLVER\.EPOCHS is 2, but runs are compared by steps: set MAX_ITER"):
         scheduler.train(read_experiment(experiment_file(tmp_path, text)), tmp_path, [], jobs=1, threads=1, lock=0)
@@ -252,13 +255,6 @@ groups:
 
 
 @pytest.mark.slow
-def test_a_run_that_may_end_early_is_refused(tmp_path):
-    text = experiment_file(tmp_path).read_text().replace("[MODEL.SAMDETR.NUM_QUERIES, 6]", "[SOLVER.PATIENCE, 2]")
-    (entry, *_) = read_experiment(experiment_file(tmp_path, text)).runs
-    with pytest.raises(UserError, match=r"fast: SOLVER\.PATIENCE is 2, but all runs have all of their steps"):
-        scheduler.check_run(entry, config_of(entry, 1, tmp_path))
-
-
 def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path):
     text = f"""
 goals: []
