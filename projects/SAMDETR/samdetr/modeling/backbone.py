@@ -50,10 +50,9 @@ class FoldedConv2d(Conv2d):
     def _scale_and_shift(self, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
         """Return the norm's scale and shift, (C_out,), which are kept until its buffers change (other than by ``.data``)."""
         buffers = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        # What is made while tracing or in inference mode cannot be used elsewhere, and torch does not count its changes.
         inference = torch.is_inference_mode_enabled() or any(buffer.is_inference() for buffer in buffers)
-        if (
-            is_tracing() or inference
-        ):  # nothing that is made there can be used elsewhere, and its changes are not counted
+        if is_tracing() or inference:
             return _scale_and_shift(*buffers, norm.eps)
         state = [(buffer, buffer._version) for buffer in buffers]
         kept = self.__dict__.get("_kept")
