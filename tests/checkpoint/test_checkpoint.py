@@ -43,6 +43,18 @@ def test_a_flipped_byte_inside_a_tensor_is_found(tmp_path):
         Checkpoint.read(path)
 
 
+def test_a_tensor_that_the_archive_calls_a_folder_is_found(tmp_path):
+    """torch leaves the memory of such a tensor as it is, so that two readings differ."""
+    path = tmp_path / "model.pth"
+    torch.save({"model": {"weight": torch.ones(4)}}, path)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))
+    content[entry + 38] |= 0x10
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.pth is truncated, damaged .*data/0 is marked as a folder"):
+        Checkpoint.read(path)
+
+
 def test_what_a_checkpoint_holds(tmp_path):
     cfg = tiny_config("SEED", 12)
     weights = {"weight": torch.ones(2)}

@@ -34,6 +34,8 @@ from .transformers_format import convert_transformers_state_dict, is_transformer
 
 __all__ = ["Checkpoint", "describe_run", "write_atomically"]
 
+_IS_FOLDER = 0x10  # among the attributes of an entry of a zip archive
+
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "model": dict,
     "average": dict,
@@ -81,9 +83,14 @@ class Checkpoint:
         with PathManager.open(path, "rb") as file:
             try:
                 if zipfile.is_zipfile(file):
-                    damaged = zipfile.ZipFile(file).testzip()
+                    archive = zipfile.ZipFile(file)
+                    damaged = archive.testzip()
                     if damaged is not None:
                         raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+                    # torch does not read what is marked as a folder, and leaves the tensor's memory as it happens to be.
+                    folders = [entry.filename for entry in archive.infolist() if entry.external_attr & _IS_FOLDER]
+                    if folders:
+                        raise zipfile.BadZipFile(f"{folders[0]} is marked as a folder")
                 file.seek(0)
                 entries = torch.load(file, map_location="cpu", weights_only=not allow_objects)
             except Exception as error:  # torch raises many types for damaged files
