@@ -1,7 +1,7 @@
-# make demo, make test, make lint, make docs: each sets up .venv first, if need be.
+# make demo, make test, make test-all, make lint, make docs: each sets up .venv first, if need be.
 # PYTHON=<interpreter> uses that environment as it is and installs nothing.
 
-.PHONY: demo test lint format docs setup
+.PHONY: demo test test-all lint format docs setup
 .DEFAULT_GOAL := test
 
 ifdef PYTHON
@@ -17,8 +17,13 @@ endif
 demo: setup
 	$(RUN) tools/demo.py
 
+PARALLEL = $$($(RUN) -c "import xdist" 2>/dev/null && echo --numprocesses auto --maxprocesses 4 --dist worksteal)
+
 test: lint
-	$(RUN) -m pytest $$($(RUN) -c "import xdist" 2>/dev/null && echo --numprocesses auto --maxprocesses 4 --dist worksteal)
+	$(RUN) -m pytest $(PARALLEL) -m "not thorough"
+
+test-all: lint
+	$(RUN) -m pytest $(PARALLEL)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -124,6 +124,7 @@ def test_the_stored_notebook_is_small_and_without_errors():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_notebook_runs(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="running a notebook needs: pip install nbclient ipykernel")
     pytest.importorskip("ipykernel", reason="running a notebook needs: pip install nbclient ipykernel")

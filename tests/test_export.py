@@ -56,6 +56,7 @@ def test_a_network_of_timm_is_traced(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_command_writes_every_kind_of_file_and_checks_it(tool, pictures, tmp_path, monkeypatch):
     """Of a model with all parts, from one tracing and one file of ONNX, since each takes long. They run alone."""
     predictor = make_predictor(*SMCA, *TWO_LEVELS, *CONTRASTIVE, *BEYOND)

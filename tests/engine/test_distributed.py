@@ -122,7 +122,17 @@ def train_net_by(launcher, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["detectron2", "two machines", "torchrun", "slurm"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param("detectron2", marks=pytest.mark.thorough),
+        pytest.param("torchrun", marks=pytest.mark.thorough),
+        "one machine",
+        "two machines",
+        "torchrun's variables",
+        "slurm",
+    ],
+)
 def test_the_script_trains_in_two_processes(launcher, tmp_path):
     options = ["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "(1,)", "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path]
     codes, output = train_net_by(launcher, *options)

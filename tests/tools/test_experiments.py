@@ -213,6 +213,7 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_an_experiment_that_is_stopped_goes_on(tmp_path):
     text = f"""
 goals: []

@@ -14,6 +14,7 @@ from processes import TINY_CONFIG, run_tool
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(("config", "gflops"), [("sam_detr_R_50_1x", 95), ("sam_detr_pp_R_50_1x", 197)])
 def test_gflops_are_the_published_codes(config, gflops):
     """At 800 x 1066, without what the published code's count leaves out, and with what it computes on top.
@@ -110,6 +111,7 @@ def test_analysis_averages_over_a_datasets_images():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_benchmark_compares_variants(tmp_path):
     config = TINY_CONFIG
     variants = ["--variant", "plain", "--variant", f"half checkout={ROOT} size=96x64 batch=1 SOLVER.AMP.ENABLED True"]
@@ -216,6 +218,7 @@ def test_a_detection_of_an_exported_file_is_in_the_pixels_of_the_image():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_growth_is_measured_and_drawn(tmp_path):
     config = TINY_CONFIG
     values = ["--sizes", 64, 70, "--queries", 5, "--boxes-per-image", 1, "--batches", 1]

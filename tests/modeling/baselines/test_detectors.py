@@ -169,6 +169,7 @@ def test_sparse_rcnn_does_not_depend_on_other_images_of_the_same_size():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_what_can_be_exported_computes_the_same_and_what_cannot_says_so(tmp_path):
     for variant in ("SMCA-DETR, multi-scale", "Anchor DETR", "Sparse R-CNN"):
         cfg = small_config(variant, "MODEL.SAMDETR.DECODER.NUM_LAYERS", 1)  # the graph's size decides how long it takes
