@@ -6,6 +6,7 @@ tools/demo.py [--output output/demo] [KEY VALUE ...]
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,18 @@ from samdetr.visualization import draw_beside_truth, draw_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/sam_detr_plus_digits.yaml"
+
+
+def train(command: list[str]) -> int:
+    """Run a command, and return its exit status; a signal is passed on, and then waited for, since training saves its step."""
+    training = subprocess.Popen(command)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, frame: training.send_signal(number)) for number in numbers]
+    try:
+        return training.wait()
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 def draw(predictor: samdetr.Predictor, path: Path, num_images: int = 16) -> None:
@@ -46,7 +59,7 @@ def main() -> None:
     started = time.perf_counter()
     command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(ROOT / CONFIG)]
     command += ["OUTPUT_DIR", str(output), *arguments.options]
-    status = subprocess.run(command).returncode
+    status = train(command)
     if status:
         sys.exit(status)
     minutes = (time.perf_counter() - started) / 60

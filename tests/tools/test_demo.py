@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
+import time
 
 import pytest
 
 from helpers import ROOT
-from processes import run_tool
+from processes import Script, run_tool
 
 
 @pytest.mark.slow
@@ -24,6 +26,21 @@ def test_the_demo_from_start_to_picture(tmp_path):
     assert result.returncode == 1 and "SOLVER.MAX_ITER" in result.stderr
     (earlier,) = tmp_path.glob("demo-until-*")
     assert (earlier / "predictions.png").exists() and (earlier / "metrics.json").read_text().splitlines() == lines
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_a_demo_that_is_stopped_waits_for_its_training_to_save(tmp_path):
+    quick = ["MODEL.SAMDETR.HIDDEN_DIM", 32, "DATALOADER.NUM_WORKERS", 0, "DATASETS.TEST", "('digits_val_20',)"]
+    script = Script("tools/demo.py", "--output", tmp_path / "demo", *quick)
+    log, deadline = tmp_path / "demo" / "log.txt", time.time() + 120
+    while not (log.exists() and "iter: 19" in log.read_text()):
+        assert time.time() < deadline and script.process.is_alive()
+        time.sleep(0.1)
+    os.kill(script.process.pid, signal.SIGTERM)
+    result = script.wait(60)
+    assert result.returncode == 143 and "Continue with: --resume" in result.stderr
+    assert (tmp_path / "demo" / "last_checkpoint").read_text().startswith("model_")
 
 
 def test_every_tool_is_executable_and_explains_itself():
