@@ -60,6 +60,7 @@ BEYOND = [
     *("MODEL.SAMDETR.QUERY_GENERATOR.SELECT_FROM_ENCODER", True, "MODEL.SAMDETR.DENSE_HEAD.ENABLED", True),
     *("MODEL.SAMDETR.ANCHOR_SIZE", 0.2, "MODEL.SAMDETR.QUERY_GENERATOR.CONTENT_FROM_ENCODER", True),
     *("MODEL.SAMDETR.DECODER.LOOK_FORWARD_TWICE", True, "MODEL.SAMDETR.LOSS.IOU_AWARE", True),
+    *("MODEL.SAMDETR.RELATIVE_OFFSETS", True, "MODEL.SAMDETR.ALIGNER.POOLED_CONTENT", True),
 ]
 
 
@@ -130,7 +131,7 @@ def make_problem(counts=(3, 0, 5), layers=2, queries=8, classes=4):
     return Predictions(logits, boxes), targets
 
 
-def make_aligner(predict_scales, dim=16, num_heads=4, pooled_size=5):
+def make_aligner(predict_scales, dim=16, num_heads=4, pooled_size=5, pooled_content=False):
     return SemanticsAligner(
         dim=dim,
         num_heads=num_heads,
@@ -139,6 +140,7 @@ def make_aligner(predict_scales, dim=16, num_heads=4, pooled_size=5):
         hidden_dims=[12, 10],
         temperature=10000.0,
         predict_scales=predict_scales,
+        pooled_content=pooled_content,
     )
 
 

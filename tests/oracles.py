@@ -47,12 +47,16 @@ def plain_align(aligner, content, boxes, level):
     """The Semantics Aligner written query by query, with torchvision's and torch's ops, and every gradient stop."""
     pooled = torchvision_roi_align(level.features, boxes.detach(), level.valid_size, aligner.pooled_size)
     heads, dim = aligner.num_heads, aligner.dim
-    contents, positions, keypoints, scales = [], [], [], []
+    contents, positions, keypoints, scales, residuals = [], [], [], [], []
     for b in range(content.shape[0]):
         for q in range(content.shape[1]):
             cells = pooled[b, q]
             reduced = F.relu(cells @ aligner.reduction.weight.T + aligner.reduction.bias).flatten()
             numbers = aligner.keypoint_head(reduced)
+            if aligner.pooled_content is not None:
+                for layer in aligner.keypoint_head.layers[:-1]:
+                    reduced = F.relu(layer(reduced))
+                residuals.append(aligner.pooled_content(reduced))
             local = numbers[: 2 * heads].view(heads, 2).tanh()
             scales.append(numbers[2 * heads :].view(-1, 2))
             sampled = F.grid_sample(cells.permute(2, 0, 1)[None], local[None, None], align_corners=False)[0, :, 0].T
@@ -63,7 +67,8 @@ def plain_align(aligner, content, boxes, level):
             gate = torch.sigmoid(aligner.position_gate(content[b, q])).view(heads, dim)
             positions.append(sine_embedding(place.detach(), dim, aligner.temperature) * gate)
     shape = content.shape[:2]
-    return [torch.stack(x).unflatten(0, shape) for x in (contents, positions, keypoints, scales)]
+    lists = (contents, positions, keypoints, scales, residuals)
+    return [torch.stack(x).unflatten(0, shape) if x else None for x in lists]
 
 
 def torchvision_roi_align(features, boxes, valid_size, output_size):

@@ -99,6 +99,14 @@ ODD_WIDTH = [
             ["MODEL.SAMDETR.DECODER.LOOK_FORWARD_TWICE", True, "MODEL.SAMDETR.DECODER.BOX_REFINEMENT", False],
             r"LOOK_FORWARD_TWICE is True, which has no effect while .*BOX_REFINEMENT is False",
         ),
+        (
+            ["MODEL.SAMDETR.ALIGNER.POOLED_CONTENT", True, "MODEL.SAMDETR.ALIGNER.NAME", "IdentityAligner"],
+            r"POOLED_CONTENT is True, which has no effect while .*: set that to 'SemanticsAligner'",
+        ),
+        (
+            [*TRANSFORMERS, "detr", "MODEL.SAMDETR.RELATIVE_OFFSETS", True],
+            r"RELATIVE_OFFSETS is True, which has no effect here: set it to False",
+        ),
         (["MODEL.SAMDETR.DROPOUT", 0.1], r"SAMDETR\.DROPOUT is 0\.1, which has no effect here: set it to 0\.0"),
         (
             ["MODEL.META_ARCHITECTURE", "AnchorDETR", "MODEL.SAMDETR.QUERY_GENERATOR.NAME", "DenoisingQueryGenerator"],

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou, generalized_box_iou
 
-from samdetr.modeling.boxes import cxcywh_to_xyxy, generalized_iou, iou, xyxy_to_cxcywh
+from samdetr.modeling.boxes import cxcywh_to_xyxy, generalized_iou, iou, offsets_in_boxes, xyxy_to_cxcywh
 
 
 def random_boxes(n):
@@ -34,6 +34,21 @@ def test_generalized_iou_by_hand():
     a = torch.tensor([0.0, 0.0, 2.0, 2.0])
     b = torch.tensor([1.0, 1.0, 3.0, 3.0])
     assert torch.isclose(generalized_iou(a, b), torch.tensor(1 / 7 - 2 / 9))
+
+
+def test_offsets_in_boxes_move_centres_by_shares_of_the_size():
+    boxes = torch.tensor([[0.5, 0.3, 0.02, 0.04], [0.05, 0.94, 0.1, 0.1]], requires_grad=True)
+    offsets = torch.tensor([[0.5, -0.25, 0.1, 0.0], [0.1, 0.05, 0.0, -0.1]], requires_grad=True)
+    moved = (boxes.logit() + offsets_in_boxes(offsets, boxes)).sigmoid()
+    assert torch.allclose(moved[:, :2], (boxes + offsets * boxes[:, [2, 3, 2, 3]])[:, :2], atol=2e-3)
+    assert torch.equal(moved[:, 2:], (boxes.logit() + offsets)[:, 2:].sigmoid())
+    assert torch.autograd.grad(offsets_in_boxes(offsets, boxes).sum(), boxes, allow_unused=True)[0] is None
+
+
+def test_offsets_of_boxes_that_reach_far_out_of_the_image_stay_bounded():
+    boxes = torch.tensor([[0.0, 1.0, 1.0, 1.0], [1e-9, 0.999, 0.5, 0.9]])
+    steps = offsets_in_boxes(torch.ones(2, 4), boxes)
+    assert torch.equal(steps[:, :2], torch.full((2, 2), 4.0)) and torch.equal(steps[:, 2:], torch.ones(2, 2))
 
 
 def test_boxes_without_area_give_finite_values_and_gradients():

@@ -7,6 +7,7 @@ import torch
 from detectron2.modeling import build_model
 
 from helpers import DN, MULTI_SCALE, make_input, tiny_config, tiny_model
+from samdetr.modeling.boxes import offsets_in_boxes
 from samdetr.modeling.decoder import QuerySelfAttention, level_of_layer
 from samdetr.modeling.structures import QueryBatch
 
@@ -78,6 +79,29 @@ def test_looking_forward_twice_gives_the_same_boxes_and_a_gradient_from_the_next
         torch.autograd.grad(boxes.sum(), learned, retain_graph=True)[0].norm().item() for boxes in predictions.boxes
     )
     assert second == pytest.approx(first, rel=0.5) and third < 0.1 * first
+
+
+def test_relative_offsets_are_those_of_each_layers_own_reference_box():
+    model = tiny_model("MODEL.SAMDETR.RELATIVE_OFFSETS", True).eval()
+    seen = []
+    for layer, head in zip(model.decoder.layers, model.decoder.box_heads):
+        layer.aligner.register_forward_hook(lambda module, args, output: seen.append([args[1]]))
+        head.register_forward_hook(lambda module, args, output: seen[-1].append(output))
+    boxes = model.predict([make_input(64, 64)])["pred_boxes"]
+    for (reference, offsets), found in zip(seen, boxes, strict=True):
+        assert torch.allclose(found, (reference.logit() + offsets_in_boxes(offsets, reference)).sigmoid(), atol=1e-5)
+
+
+def test_what_the_aligner_adds_reaches_the_contents():
+    model = tiny_model("MODEL.SAMDETR.ALIGNER.POOLED_CONTENT", True).eval()
+    plain = tiny_model().eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    inputs = [make_input(64, 64)]
+    before = model.predict(inputs)["pred_logits"]
+    assert torch.equal(before, plain.predict(inputs)["pred_logits"])  # it starts as the published aligner
+    torch.nn.init.normal_(model.decoder.layers[1].aligner.pooled_content.weight)
+    after = model.predict(inputs)["pred_logits"]
+    assert torch.equal(after[0], before[0]) and not torch.allclose(after[1], before[1], atol=1e-3)
 
 
 def test_without_refinement_every_layer_starts_from_the_querys_own_box():

@@ -60,7 +60,11 @@ def test_training_returns_weighted_losses_that_reach_every_parameter(options):
     assert not without
 
 
-@pytest.mark.parametrize("options", [SMCA, [*PLAIN, *MULTI_SCALE]], ids=["smca", "multi-scale"])
+@pytest.mark.parametrize(
+    "options",
+    [SMCA, [*PLAIN, *MULTI_SCALE, "MODEL.SAMDETR.ALIGNER.POOLED_CONTENT", True]],
+    ids=["smca", "multi-scale pooled content"],
+)
 def test_losses_and_gradients_equal_the_plain_formulation(options):
     """The whole model against itself with aligner and cross-attention written query by query, pixel by pixel."""
     model = tiny_model(*options, "MODEL.SAMDETR.NUM_QUERIES", 6).eval()  # the backbone's running statistics

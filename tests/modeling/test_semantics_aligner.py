@@ -9,14 +9,17 @@ from samdetr.modeling.position_encoding import sine_embedding
 from samdetr.modeling.semantics_aligner import IdentityAligner, SemanticsAligner
 
 
-@pytest.mark.parametrize("predict_scales", [False, True])
-def test_equals_the_plain_formulation(predict_scales):
-    aligner = make_aligner(predict_scales)
+@pytest.mark.parametrize(("predict_scales", "pooled_content"), [(False, False), (True, False), (True, True)])
+def test_equals_the_plain_formulation(predict_scales, pooled_content):
+    aligner = make_aligner(predict_scales, pooled_content=pooled_content)
+    if pooled_content:
+        assert not aligner.pooled_content.weight.any() and not aligner.pooled_content.bias.any()
+        torch.nn.init.normal_(aligner.pooled_content.weight)
     level = make_level(torch.randn(2, 6, 8, 16), [[6, 8], [4, 5]])
     content = torch.randn(2, 3, 16)
     boxes = torch.cat([torch.rand(2, 3, 2), torch.rand(2, 3, 2) * 0.9 + 0.05], -1)
     aligned = aligner(content, boxes, level)
-    contents, positions, keypoints, scales = plain_align(aligner, content, boxes, level)
+    contents, positions, keypoints, scales, residual = plain_align(aligner, content, boxes, level)
     assert torch.allclose(aligned.content, contents, atol=1e-5)
     assert torch.allclose(aligned.position, positions, atol=1e-5)
     assert torch.allclose(aligned.keypoints, keypoints, atol=1e-6)
@@ -24,6 +27,10 @@ def test_equals_the_plain_formulation(predict_scales):
         assert torch.allclose(aligned.gaussian_scales, scales, atol=1e-5)
     else:
         assert aligned.gaussian_scales is None
+    if pooled_content:
+        assert aligned.residual.any() and torch.allclose(aligned.residual, residual, atol=1e-5)
+    else:
+        assert aligned.residual is None
 
 
 def test_where_gradients_flow():

@@ -304,6 +304,7 @@ def _check_set_detector(cfg: CfgNode) -> None:
         ("QUERY_GENERATOR.CONTENT_FROM_ENCODER", "QUERY_GENERATOR.SELECT_FROM_ENCODER", False, True),
         ("QUERY_GENERATOR.DN_NEGATIVES", "QUERY_GENERATOR.NAME", "LearnedQueryGenerator", "DenoisingQueryGenerator"),
         ("DECODER.LOOK_FORWARD_TWICE", "DECODER.BOX_REFINEMENT", False, True),
+        ("ALIGNER.POOLED_CONTENT", "ALIGNER.NAME", "IdentityAligner", "SemanticsAligner"),
     ):
         if value_of(node, key) and value_of(node, other) == without:
             raise UserError(

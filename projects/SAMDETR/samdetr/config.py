@@ -271,6 +271,9 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # Selection and dense head only. Side of the box that each pixel of the finest level starts from, as a share of the image's
     # sides; doubled by each further level.
     node.ANCHOR_SIZE = 0.05
+    # Whether the unit of predicted offsets of boxes' centres is the size of the box that they are relative to, as in R-CNN, in
+    # decoder, selection and dense head (samdetr.modeling.boxes). Not the paper's.
+    node.RELATIVE_OFFSETS = False
 
     node.DECODER = CfgNode()
     # Number of layers; they are spread evenly over the levels, the coarsest first.
@@ -295,6 +298,8 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # Keypoints are searched in C / REDUCTION channels, by hidden layers of these widths, as published.
     node.ALIGNER.REDUCTION = 4
     node.ALIGNER.KEYPOINT_HIDDEN_DIMS = [256, 512, 512]
+    # Whether the queries' contents get what the keypoint search sees of the pooled features. Not the paper's.
+    node.ALIGNER.POOLED_CONTENT = False
 
     node.CROSS_ATTENTION = CfgNode()
     # A name in CROSS_ATTENTION_REGISTRY: CrossAttention, or SMCACrossAttention for SMCA (paper section 4.5.1). For ablations,

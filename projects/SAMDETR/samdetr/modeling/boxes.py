@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["cxcywh_to_xyxy", "generalized_iou", "iou", "xyxy_to_cxcywh"]
+__all__ = ["cxcywh_to_xyxy", "generalized_iou", "iou", "offsets_in_boxes", "xyxy_to_cxcywh"]
 
 _SMALLEST_AREA = 1e-12  # keeps the ratios of degenerate boxes finite and changes those of no real box
 
@@ -45,6 +45,27 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     overlap, union = _overlap_and_union(a, b)
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
     return overlap / union.clamp(min=_SMALLEST_AREA) - (hull - union) / hull.clamp(min=_SMALLEST_AREA)
+
+
+def offsets_in_boxes(offsets: Tensor, boxes: Tensor) -> Tensor:
+    """Turn offsets whose unit is the size of a box into offsets of its logits.
+
+    The centres of small boxes then move by small steps, as in R-CNN (https://arxiv.org/abs/1311.2524, appendix C). Sizes need
+    no change: where a size is small, its logit is about its logarithm.
+
+    Args:
+        offsets: (..., 4), of centres (x, y), in widths and heights of the boxes, and of the logits of sizes (w, h).
+        boxes: (..., 4) boxes (cx, cy, w, h), normalised, to which the offsets are relative. They get no gradient.
+
+    Returns:
+        (..., 4), what to add to the logits of ``boxes``: right for small offsets; for larger ones, centres stay in the image.
+    """
+    centre, size = boxes.detach().chunk(2, dim=-1)
+    centre = centre.clamp(1e-3, 1 - 1e-3)
+    slope = centre * (1 - centre)  # of the sigmoid
+    # A box inside the image is at most twice as wide as its centre is far from the edge, so that only others are limited.
+    steps = (size / slope).clamp(max=4)
+    return torch.cat([offsets[..., :2] * steps, offsets[..., 2:]], dim=-1)
 
 
 def _overlap_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.runtime import autocast_dtype, run_layer
+from .boxes import offsets_in_boxes
 from .cross_attention import build_cross_attention
 from .layers import MLP, FeedForward, start_heads_, xavier_uniform_matrices_
 from .position_encoding import sine_embedding
@@ -109,7 +110,10 @@ class DecoderLayer(nn.Module):
         position = sine_embedding(reference_boxes[..., :2].detach(), self.dim, self.temperature).to(content.dtype)
         content = self.self_attention_norm(content + self.self_attention(content, position, attention_bias))
         aligned = self.aligner(content, reference_boxes, levels[index])
-        content = self.cross_attention_norm(content + self.cross_attention(aligned, levels, index))
+        attended = self.cross_attention(aligned, levels, index)
+        if aligned.residual is not None:
+            attended = attended + aligned.residual
+        content = self.cross_attention_norm(content + attended)
         return self.feedforward(content)
 
 
@@ -126,6 +130,7 @@ class Decoder(nn.Module):
         prior_prob: float,
         refine_boxes: bool = True,
         look_forward_twice: bool = False,
+        relative_offsets: bool = False,
         recompute: bool = False,
     ):
         """
@@ -138,11 +143,14 @@ class Decoder(nn.Module):
                 queries' own reference boxes.
             look_forward_twice: whether a layer learns from the next one's box as well (DINO,
                 https://arxiv.org/abs/2203.03605); otherwise each layer learns from its own loss only, as published.
+            relative_offsets: whether the unit of the offsets of boxes' centres is the size of the reference box, see
+                :func:`samdetr.modeling.boxes.offsets_in_boxes`; otherwise they are offsets of logits, as published.
             recompute: whether to recompute each layer's activations in the backward pass instead of keeping them.
         """
         super().__init__()
         self.refine_boxes = refine_boxes
         self.look_forward_twice = look_forward_twice
+        self.relative_offsets = relative_offsets
         self.recompute = recompute
         self.layers = nn.ModuleList(layers)
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in layers)
@@ -174,6 +182,7 @@ class Decoder(nn.Module):
             "prior_prob": node.PRIOR_PROB,
             "refine_boxes": node.DECODER.BOX_REFINEMENT,
             "look_forward_twice": node.DECODER.LOOK_FORWARD_TWICE,
+            "relative_offsets": node.RELATIVE_OFFSETS,
             "recompute": node.ACTIVATION_CHECKPOINTING,
         }
 
@@ -198,6 +207,8 @@ class Decoder(nn.Module):
             )
             all_logits.append(self.class_heads[i](content).float())
             delta = self.box_heads[i](content).float()
+            if self.relative_offsets:
+                delta = offsets_in_boxes(delta, reference_boxes)
             box_logits = start + delta
             all_boxes.append(box_logits.sigmoid())
             if self.refine_boxes:

@@ -43,11 +43,15 @@ class MLP(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., widths[0]) to (..., widths[-1])."""
+    def hidden(self, x: Tensor) -> Tensor:
+        """Map (..., widths[0]) to (..., widths[-2]), the input of the last layer."""
         for layer in self.layers[:-1]:
             x = layer(x).relu()
-        return self.layers[-1](x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., widths[0]) to (..., widths[-1])."""
+        return self.layers[-1](self.hidden(x))
 
 
 class FeedForward(nn.Module):

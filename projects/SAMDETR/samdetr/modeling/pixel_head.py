@@ -13,6 +13,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..ops.runtime import upload
+from .boxes import offsets_in_boxes
 from .criterion import SetCriterion
 from .layers import MLP, start_heads_
 from .levels import flatten_levels, pixel_points
@@ -28,7 +29,9 @@ class PixelHead(nn.Module):
     """Predict a class and a box at every pixel of every level."""
 
     @configurable
-    def __init__(self, *, dim: int, num_classes: int, prior_prob: float, anchor_size: float):
+    def __init__(
+        self, *, dim: int, num_classes: int, prior_prob: float, anchor_size: float, relative_offsets: bool = False
+    ):
         """
         Args:
             dim: model width C.
@@ -36,9 +39,11 @@ class PixelHead(nn.Module):
             prior_prob: the score that every class starts with.
             anchor_size: side of the box that each pixel of the finest level starts from, as a share of the image's sides;
                 doubled by each further level.
+            relative_offsets: see :class:`samdetr.modeling.decoder.Decoder`.
         """
         super().__init__()
         self.anchor_size = anchor_size
+        self.relative_offsets = relative_offsets
         self.projection = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
         self.class_head = nn.Linear(dim, num_classes)
@@ -54,6 +59,7 @@ class PixelHead(nn.Module):
             "num_classes": node.NUM_CLASSES,
             "prior_prob": node.PRIOR_PROB,
             "anchor_size": node.ANCHOR_SIZE,
+            "relative_offsets": node.RELATIVE_OFFSETS,
         }
 
     def classify(self, levels: list[FeatureLevel]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -68,7 +74,10 @@ class PixelHead(nn.Module):
 
     def box_logits(self, features: Tensor, anchors: Tensor) -> Tensor:
         """Return the logits of boxes, (B, n, 4) float32, from features (B, n, C) and anchors (B, n, 4)."""
-        return anchors.clamp(_SMALLEST, _LARGEST).logit() + self.box_head(features).float()
+        offsets = self.box_head(features).float()
+        if self.relative_offsets:
+            offsets = offsets_in_boxes(offsets, anchors)
+        return anchors.clamp(_SMALLEST, _LARGEST).logit() + offsets
 
     def anchors(self, levels: list[FeatureLevel]) -> Tensor:
         """Return the box that each pixel starts from, (B, N, 4): its own centre, and its level's size."""

@@ -32,8 +32,9 @@ A registered class is called as ``Aligner(cfg, predict_scales=bool)``, once for 
 * ``reference_boxes`` (B, Q, 4), normalised (cx, cy, w, h), which carry a gradient where they are learned,
 * ``level``, the :class:`FeatureLevel` that this layer attends to,
 
-and returns an :class:`AlignedQuery`: ``content`` and ``position`` (B, Q, M, C), ``keypoints`` (B, Q, M, 2) and, if
-``predict_scales``, ``gaussian_scales`` (B, Q, M, 2).
+and returns an :class:`AlignedQuery`: ``content`` and ``position`` (B, Q, M, C), ``keypoints`` (B, Q, M, 2), if
+``predict_scales``, ``gaussian_scales`` (B, Q, M, 2) and, if it has something to add to the query contents, ``residual``
+(B, Q, C).
 """
 
 
@@ -69,6 +70,7 @@ class SemanticsAligner(nn.Module):
         temperature: float,
         num_keypoints: int = 0,
         predict_scales: bool = False,
+        pooled_content: bool = False,
     ):
         """
         Args:
@@ -80,6 +82,9 @@ class SemanticsAligner(nn.Module):
             temperature: of the keypoints' sine embedding.
             num_keypoints: keypoints per query; must divide ``num_heads``. 0 means one per head.
             predict_scales: whether to predict the scales (sx, sy) of a Gaussian at each keypoint as well.
+            pooled_content: whether the query contents get a linear map of the keypoint search's last hidden layer, which has
+                seen all pooled features and where they are, as the box head of an R-CNN does. Otherwise they get what the
+                cross-attention returns only, as published.
         """
         super().__init__()
         if dim % reduction:
@@ -98,7 +103,12 @@ class SemanticsAligner(nn.Module):
         self.content_gate = nn.Linear(dim, num_heads * dim)
         self.position_gate = nn.Linear(dim, num_heads * dim)
         xavier_uniform_matrices_(self)
-        nn.init.zeros_(self.keypoint_head.layers[-1].bias)
+        last_layer = self.keypoint_head.layers[-1]
+        nn.init.zeros_(last_layer.bias)
+        self.pooled_content = nn.Linear(last_layer.in_features, dim) if pooled_content else None
+        if pooled_content:  # it starts as the published aligner
+            nn.init.zeros_(self.pooled_content.weight)
+            nn.init.zeros_(self.pooled_content.bias)
 
     @classmethod
     def from_config(cls, cfg, *, predict_scales):
@@ -109,13 +119,14 @@ class SemanticsAligner(nn.Module):
             "reduction": node.ALIGNER.REDUCTION,
             "hidden_dims": list(node.ALIGNER.KEYPOINT_HIDDEN_DIMS),
             "num_keypoints": node.ALIGNER.NUM_KEYPOINTS,
+            "pooled_content": node.ALIGNER.POOLED_CONTENT,
         }
 
     def forward(self, content: Tensor, reference_boxes: Tensor, level: FeatureLevel) -> AlignedQuery:
         """Align the queries; see :data:`SEMANTICS_ALIGNER_REGISTRY`."""
         features = to_autocast_dtype(level.features)
         rows, columns = roi_align_weights(reference_boxes, level.valid_size, level.size, self.pooled_size)
-        local_keypoints, gaussian_scales = self.search_keypoints(features, rows, columns)
+        local_keypoints, gaussian_scales, residual = self.search_keypoints(features, rows, columns)
         keypoints = reference_boxes[..., None, :2] + reference_boxes[..., None, 2:] / 2 * local_keypoints
         sampled = self.resample(features, rows, columns, local_keypoints)
         return AlignedQuery(
@@ -124,6 +135,7 @@ class SemanticsAligner(nn.Module):
             position=run_layer(self.gated_position, keypoints.detach(), content, recompute=True, random=False),
             keypoints=keypoints,
             gaussian_scales=gaussian_scales,
+            residual=residual,
         )
 
     def gated_content(self, sampled: Tensor, content: Tensor) -> Tensor:
@@ -135,7 +147,9 @@ class SemanticsAligner(nn.Module):
         gate = self.position_gate(content).unflatten(-1, (self.num_heads, self.dim))
         return sine_embedding(keypoints, self.dim, self.temperature).to(gate.dtype) * gate.sigmoid()
 
-    def search_keypoints(self, features: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+    def search_keypoints(
+        self, features: Tensor, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Find the representative keypoints.
 
         Args:
@@ -143,17 +157,20 @@ class SemanticsAligner(nn.Module):
             rows, columns: from :func:`roi_align_weights`.
 
         Returns:
-            Keypoints (B, Q, M, 2) relative to the box, (x, y) in (-1, 1), and raw Gaussian scales (B, Q, M, 2) or None.
+            Keypoints (B, Q, M, 2) relative to the box, (x, y) in (-1, 1); raw Gaussian scales (B, Q, M, 2) or None; and what
+            the pooled features add to the query contents, (B, Q, C), or None.
         """
         # Reducing the channels and pooling are both linear. Reducing first leaves fewer channels to pool.
         reduced = roi_align(F.linear(features, self.reduction.weight), rows, columns)
         reduced = reduced + self.reduction.bias.to(reduced.dtype)
-        values = self.keypoint_head(reduced.relu_().flatten(2)).float()
+        hidden = self.keypoint_head.hidden(reduced.relu_().flatten(2))
+        values = self.keypoint_head.layers[-1](hidden).float()
         values = values.unflatten(-1, (-1, self.num_keypoints, 2))  # all keypoints, then all their scales
         if self.num_keypoints < self.num_heads:
             values = values.repeat_interleave(self.num_heads // self.num_keypoints, dim=-2)
         keypoints, *scales = values.unbind(-3)
-        return keypoints.tanh(), scales[0] if scales else None
+        residual = None if self.pooled_content is None else self.pooled_content(hidden)
+        return keypoints.tanh(), scales[0] if scales else None, residual
 
     def resample(self, features: Tensor, rows: Tensor, columns: Tensor, keypoints: Tensor) -> Tensor:
         """Sample the pooled features bilinearly, with zeros outside (``grid_sample``, corners not aligned).

@@ -115,12 +115,14 @@ class AlignedQuery:
         keypoints: (B, Q, M, 2), the point (x, y) of each head, from 0 to 1 inside the valid image; a box that reaches over its
             edge may have points outside.
         gaussian_scales: (B, Q, M, 2), raw scales (sx, sy) of each head's Gaussian; None if the cross-attention has none.
+        residual: (B, Q, C), added to the query contents together with what the cross-attention returns; None for nothing.
     """
 
     content: Tensor
     position: Tensor
     keypoints: Tensor
     gaussian_scales: Tensor | None = None
+    residual: Tensor | None = None
 
 
 @dataclass
