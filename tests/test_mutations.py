@@ -28,7 +28,7 @@ def test_extreme_settings_work_or_are_refused(tmp_path, seed):
     mutations.try_setting(random.Random(seed), tmp_path / "run", mutations.make_entry(tmp_path / "good"))
 
 
-@bounded(30)
+@bounded(12)
 @given(seeds)
 def test_metrics_are_drawn_or_refused(tmp_path, seed):
     mutations.try_metrics(random.Random(seed), tmp_path / "metrics.json")

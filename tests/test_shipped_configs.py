@@ -141,6 +141,7 @@ def test_fcos_is_detectron2s():
 
 
 FEW = ["MODEL.SAMDETR.NUM_QUERIES", 20]  # for speed
+SLOWEST_BASELINES = ("faster_rcnn_R_50_C4", "faster_rcnn_R_50_DC5", "sparse_rcnn_R_50_FPN")
 
 
 def train_two_steps(cfg, label=7):
@@ -166,7 +167,10 @@ def train_two_steps(cfg, label=7):
 @pytest.mark.parametrize(
     "name",
     [
-        *(f"baselines/{name}" for name in (*DETECTRON2_BASELINES, "deformable_detr_R_50", *OTHER_DETECTORS)),
+        *(
+            pytest.param(f"baselines/{name}", marks=[pytest.mark.thorough] if name in SLOWEST_BASELINES else [])
+            for name in (*DETECTRON2_BASELINES, "deformable_detr_R_50", *OTHER_DETECTORS)
+        ),
         "ablations/deformable_R_50",
     ],
 )

@@ -44,6 +44,7 @@ def test_ratios_are_to_the_first_variant():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_one_measurement_on_the_cpu(tmp_path):
     measurement = validate_cuda.MEASUREMENTS[3]
     part = validate_cuda.run_measurement((*measurement[:4], measurement[4][:1]), "cpu", tmp_path, 300)
