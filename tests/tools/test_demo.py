@@ -1,5 +1,6 @@
 """tools/demo.py, and what every tool has in common."""
 
+import contextlib
 import json
 import os
 import signal
@@ -32,13 +33,16 @@ def test_the_demo_from_start_to_picture(tmp_path):
 @pytest.mark.thorough
 def test_a_demo_that_is_stopped_waits_for_its_training_to_save(tmp_path):
     quick = ["MODEL.SAMDETR.HIDDEN_DIM", 32, "DATALOADER.NUM_WORKERS", 0, "DATASETS.TEST", "('digits_val_20',)"]
-    script = Script("tools/demo.py", "--output", tmp_path / "demo", *quick)
-    log, deadline = tmp_path / "demo" / "log.txt", time.time() + 120
-    while not (log.exists() and "iter: 19" in log.read_text()):
-        assert time.time() < deadline and script.process.is_alive()
+    script = Script("tools/demo.py", "--output", tmp_path / "demo", *quick, group=True)
+    log, deadline = tmp_path / "demo" / "log.txt", time.time() + 300
+    while not (log.exists() and "iter: 19" in log.read_text()) and time.time() < deadline and script.process.is_alive():
         time.sleep(0.1)
     os.kill(script.process.pid, signal.SIGTERM)
-    result = script.wait(60)
+    try:
+        result = script.wait(60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.process.pid, signal.SIGKILL)  # whatever it has left
     assert result.returncode == 143 and "Continue with: --resume" in result.stderr
     assert (tmp_path / "demo" / "last_checkpoint").read_text().startswith("model_")
 
