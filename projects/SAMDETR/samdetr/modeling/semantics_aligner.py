@@ -106,7 +106,7 @@ class SemanticsAligner(nn.Module):
         last_layer = self.keypoint_head.layers[-1]
         nn.init.zeros_(last_layer.bias)
         self.pooled_content = nn.Linear(last_layer.in_features, dim) if pooled_content else None
-        if pooled_content:  # it starts as the published aligner
+        if self.pooled_content is not None:  # it starts as the published aligner
             nn.init.zeros_(self.pooled_content.weight)
             nn.init.zeros_(self.pooled_content.bias)
 
