@@ -23,7 +23,15 @@ CONFIG = ["--config-file", str(TINY_CONFIG)]
 # The server imports the package of this tree, whatever else is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["samdetr", "detectron2.engine", "detectron2.utils.visualizer", "matplotlib.pyplot"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "samdetr.cli.train",
+        "detectron2.engine",
+        "detectron2.utils.visualizer",
+        "matplotlib.pyplot",
+        "torch.utils.tensorboard",
+    ]
+)
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
