@@ -176,13 +176,14 @@ def test_states_that_the_next_step_would_fail_on_are_refused(missing):
         optimizer.load_state_dict(state)
 
 
-def test_the_moving_average_is_torchs():
-    """Bit for bit: parameters, frozen ones among them, and buffers of any type."""
+def test_in_the_moving_average_weights_of_n_steps_ago_count_decay_to_the_n():
+    """Parameters, frozen ones among them; buffers of any type are copied. In the end it is torch's average."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(5, 5))
     model[2].weight.requires_grad_(False)
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
-    theirs, ours = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average), MovingAverage(model, 0.9)
-    for step in range(4):
+    torchs = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    theirs, ours = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torchs), MovingAverage(model, 0.9)
+    history = []
+    for step in range(100):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
@@ -190,8 +191,16 @@ def test_the_moving_average_is_torchs():
         for each in (theirs, ours):
             each.update_parameters(model)
         assert theirs.state_dict().keys() == ours.state_dict().keys()
-        assert all(torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), ours.state_dict().values())), step
-    assert ours.module[1].num_batches_tracked == 4
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), ours.module.buffers())), step
+        history.append([parameter.detach().clone() for parameter in model.parameters()])
+        if step in (0, 1, 5):
+            counts = [0.9 ** (step - number) for number in range(step + 1)]
+            for average, *values in zip(ours.module.parameters(), *history):
+                expected = sum(count * value for count, value in zip(counts, values)) / sum(counts)
+                assert torch.allclose(average, expected, atol=1e-5), step
+    assert ours.module[1].num_batches_tracked == ours.n_averaged == 100
+    for average, expected in zip(ours.module.parameters(), theirs.module.parameters()):
+        assert torch.allclose(average, expected, atol=1e-3)  # 0.9 ** 100 is 3e-5
 
 
 def test_one_key_decides_about_tf32():

@@ -53,30 +53,28 @@ def test_images_without_boxes_stay(caplog):
 @pytest.mark.parametrize(
     ("epochs", "batch", "iterations", "steps", "others"),
     [
-        (10, 16, 1250, (1000, 1125), (25, 250, 125, 50)),  # 2000 images
-        (1, 3, 667, (534, 600), (13, 133, 67, 27)),
-        (1, 700, 3, (2,), (1, 1, 1, 1)),  # the second would be at the end
-        (1, 2000, 1, (), (1, 1, 1, 1)),
+        (10, 16, 1250, (1000, 1125), (25, 250, 125, 50, 0.992)),  # 2000 images
+        (1, 4, 500, (400, 450), (10, 100, 50, 20, 0.98)),
+        (1, 3, 667, (534, 600), (13, 133, 67, 27, 1 - 10 / 667)),
+        (1, 700, 3, (2,), (1, 1, 1, 1, 0.0)),  # the second would be at the end
+        (1, 2000, 1, (), (1, 1, 1, 1, 0.0)),
     ],
 )
 def test_epochs_become_iterations_of_which_all_else_keeps_its_share(epochs, batch, iterations, steps, others):
     cfg = tiny_config(
         *("SOLVER.EPOCHS", epochs, "SOLVER.IMS_PER_BATCH", batch, "SOLVER.MAX_ITER", 1000, "SOLVER.STEPS", (800, 900)),
         *("SOLVER.WARMUP_ITERS", 20, "SOLVER.CHECKPOINT_PERIOD", 200, "TEST.EVAL_PERIOD", 100),
-        *("INPUT.AUGMENTATION_OFF_ITERS", 40),
+        *("INPUT.AUGMENTATION_OFF_ITERS", 40, "SOLVER.EMA.DECAY", 0.99),
     )
     cfg.freeze()
     resolved = resolve_epochs(cfg)
     assert iterations == resolved.SOLVER.MAX_ITER and steps == resolved.SOLVER.STEPS and resolved.is_frozen()
     solver = resolved.SOLVER
-    assert others == (
-        *(
-            solver.WARMUP_ITERS,
-            solver.CHECKPOINT_PERIOD,
-            resolved.TEST.EVAL_PERIOD,
-            resolved.INPUT.AUGMENTATION_OFF_ITERS,
-        ),
+    found = (
+        *(solver.WARMUP_ITERS, solver.CHECKPOINT_PERIOD, resolved.TEST.EVAL_PERIOD),
+        *(resolved.INPUT.AUGMENTATION_OFF_ITERS, solver.EMA.DECAY),
     )
+    assert found == pytest.approx(others, abs=1e-12)
     assert resolve_epochs(resolved).dump() == resolved.dump()
     assert cfg.SOLVER.MAX_ITER == 1000
 

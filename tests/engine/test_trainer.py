@@ -376,9 +376,8 @@ def test_the_average_follows_its_formula_and_is_what_is_evaluated(tmp_path):
 
     trainer._trainer.run_step = recorded
     trainer.train()
-    expected = history[0]
-    for value in history[1:]:
-        expected = 0.9 * expected + 0.1 * value
+    counts = [0.9**age for age in reversed(range(len(history)))]
+    expected = sum(count * value for count, value in zip(counts, history)) / sum(counts)
     average = trainer.evaluated_model.query_generator.label_embedding.weight
     assert torch.allclose(average, expected, atol=1e-6) and not torch.allclose(average, history[-1])
     model = tiny_model(*CONTRASTIVE, *BEYOND)

@@ -34,7 +34,7 @@ def test_every_key_of_this_project_has_an_entry_with_default_values_and_meaning(
     assert line.endswith("= `0.4`, at least 0 and at most 1") and meaning.startswith("DN only. Centres move by up to")
     assert keys["SOLVER.NON_FINITE"][0].endswith("= `'stop'`, or `'skip'`")
     assert keys["MODEL.SAMDETR.HIDDEN_DIM"][1] == keys["MODEL.SAMDETR.NUM_HEADS"][1]
-    assert "DECAY \\* average" in keys["SOLVER.EMA.DECAY"][1]
+    assert "DECAY \\*\\* n times" in keys["SOLVER.EMA.DECAY"][1]
 
 
 def test_comments_belong_to_the_keys_below_them():

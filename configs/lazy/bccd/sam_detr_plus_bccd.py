@@ -13,6 +13,8 @@ from ..common.models import (
     use_denoising,
     use_dense_head,
     use_encoder_selection,
+    use_pooled_content,
+    use_relative_offsets,
     use_smca,
     use_timm,
 )
@@ -34,6 +36,8 @@ use_smca(model)
 use_denoising(model, num_groups=3, max_denoising_queries=100)
 use_encoder_selection(model, anchor_size=0.08, with_content=True)
 use_dense_head(model, anchor_size=0.08)
+use_relative_offsets(model)
+use_pooled_content(model)
 model.update(num_classes=3, pixel_mean=[127.0] * 3, pixel_std=[128.0] * 3)
 
 resize = L(T.ResizeShortestEdge)(short_edge_length=[240, 240], max_size=320, sample_style="choice")

@@ -165,6 +165,18 @@ def use_dense_head(model, anchor_size: float = 0.05) -> None:
     model.dense_head = L(DenseHead)(**options, num_classes="${..num_classes}", pixels_per_box=4)
 
 
+def use_relative_offsets(model) -> None:
+    """Predict offsets of centres in units of the reference box. To be called after the two above."""
+    for part in filter(None, (model.decoder, model.query_generator.get("selection"), model.get("dense_head"))):
+        part.relative_offsets = True
+
+
+def use_pooled_content(model) -> None:
+    """Give the queries' contents what the keypoint search sees."""
+    for layer in model.decoder.layers:
+        layer.aligner.pooled_content = True
+
+
 def use_no_aligner(model, attention, refine_boxes: bool, **options) -> None:
     """Make an ablation: queries as they are, and another cross-attention (docs/baselines.md)."""
     for layer in model.decoder.layers:

@@ -347,8 +347,8 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # Probability of dropout, as published; DAB-DETR and DN-DETR have none.
     cfg.MODEL.TRANSFORMERS.DROPOUT = 0.1
 
-    # Passes over the training images, from which MAX_ITER is computed; STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD
-    # and INPUT.AUGMENTATION_OFF_ITERS keep their shares of it. 0: MAX_ITER counts.
+    # Passes over the training images, from which MAX_ITER is computed. STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and EMA's
+    # 1 / (1 - DECAY) steps, TEST.EVAL_PERIOD and INPUT.AUGMENTATION_OFF_ITERS keep their shares of it. 0: MAX_ITER counts.
     cfg.SOLVER.EPOCHS = 0
     # "AdamW" (samdetr.solver), or "SGD", detectron2's own optimizer, for detectron2's own detectors.
     cfg.SOLVER.OPTIMIZER = "AdamW"
@@ -371,7 +371,8 @@ def add_samdetr_config(cfg: CfgNode) -> None:
     # Process each step's IMS_PER_BATCH images in this many parts, one after the other. The gradients are those of the whole
     # batch, in less memory (BatchNorm that is not frozen sees each part by itself).
     cfg.SOLVER.ACCUMULATION_STEPS = 1
-    # Exponential moving average of the weights, which is then evaluated: average = DECAY * average + (1 - DECAY) * weights.
+    # Exponential moving average of the weights, which is then evaluated: the mean of the weights after all steps, those of n
+    # steps ago counted DECAY ** n times.
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9998

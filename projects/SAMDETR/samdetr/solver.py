@@ -22,13 +22,18 @@ def autocast(cfg, device: torch.device):
 
 
 class MovingAverage(torch.optim.swa_utils.AveragedModel):
-    """torch's exponential moving average of a model, in a few operations over all tensors, none of which waits for a GPU."""
+    """The exponential moving average of a model, in a few operations over all tensors, none of which waits for a GPU.
+
+    It is the mean of the weights at all updates, those of n updates ago counted ``decay ** n`` times. In torch's average, the
+    first weights count for more than that, so that it is far behind until ``1 / (1 - decay)`` updates have been made several
+    times over.
+    """
 
     def __init__(self, model: torch.nn.Module, decay: float):
         """
         Args:
             model: is copied; the copy, ``module``, is the average. Its first update is a copy as well.
-            decay: the share of the average that each update keeps.
+            decay: from 0, the last weights, to less than 1.
         """
         super().__init__(model)
         self.decay = decay
@@ -36,11 +41,9 @@ class MovingAverage(torch.optim.swa_utils.AveragedModel):
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
         """Move the average towards the model's parameters, and copy its buffers."""
-        averages, parameters = list(self.module.parameters()), list(model.parameters())
-        if self.n_averaged == 0:  # a tensor on the CPU
-            torch._foreach_copy_(averages, parameters)
-        else:
-            torch._foreach_lerp_(averages, parameters, 1 - self.decay)
+        updates = int(self.n_averaged) + 1  # a tensor on the CPU
+        share = (1 - self.decay) / (1 - self.decay**updates)
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), share)
         torch._foreach_copy_(list(self.module.buffers()), list(model.buffers()))
         self.n_averaged += 1
 

@@ -183,8 +183,9 @@ def resolve_epochs(cfg):
     """Return a config whose lengths in iterations are those of ``cfg.SOLVER.EPOCHS``; ``cfg`` itself if that is 0.
 
     ``SOLVER.MAX_ITER`` becomes the number of steps that so many passes over ``DATASETS.TRAIN`` take, and ``STEPS``,
-    ``WARMUP_ITERS``, ``CHECKPOINT_PERIOD``, ``TEST.EVAL_PERIOD`` and ``INPUT.AUGMENTATION_OFF_ITERS`` keep their shares of it;
-    of a run of few iterations, steps that would fall on its end are left out.
+    ``WARMUP_ITERS``, ``CHECKPOINT_PERIOD``, ``TEST.EVAL_PERIOD``, ``INPUT.AUGMENTATION_OFF_ITERS`` and the length of the moving
+    average, 1 / (1 - ``EMA.DECAY``), keep their shares of it; of a run of few iterations, steps that would fall on its end are
+    left out.
 
     Raises:
         UserError: the datasets cannot be used.
@@ -206,10 +207,12 @@ def resolve_epochs(cfg):
         (resolved.INPUT, "AUGMENTATION_OFF_ITERS"),
     ):
         node[key] = max(1, round(node[key] * share)) if node[key] else 0
+    resolved.SOLVER.EMA.DECAY = max(0.0, 1 - (1 - cfg.SOLVER.EMA.DECAY) / share)
     logger.info(
-        "SOLVER.EPOCHS %d of %d images are %d iterations; STEPS %s, WARMUP_ITERS %d, CHECKPOINT_PERIOD %d, EVAL_PERIOD %d.",
+        "SOLVER.EPOCHS %d of %d images are %d iterations; STEPS %s, WARMUP_ITERS %d, CHECKPOINT_PERIOD %d, EVAL_PERIOD %d, "
+        "EMA.DECAY %.6g.",
         *(cfg.SOLVER.EPOCHS, images, iterations, resolved.SOLVER.STEPS, resolved.SOLVER.WARMUP_ITERS),
-        *(resolved.SOLVER.CHECKPOINT_PERIOD, resolved.TEST.EVAL_PERIOD),
+        *(resolved.SOLVER.CHECKPOINT_PERIOD, resolved.TEST.EVAL_PERIOD, resolved.SOLVER.EMA.DECAY),
     )
     if cfg.is_frozen():
         resolved.freeze()
