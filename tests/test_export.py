@@ -46,7 +46,7 @@ def test_the_exportable_model_is_the_model():
         assert torch.equal(instances.pred_classes, classes[i, kept])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_network_of_timm_is_traced(tmp_path):
     """One that pads as TensorFlow does: with timm's own padding, this would take more than ten minutes."""
     backbone = ["MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", "tf_efficientnet_lite0"]

@@ -68,7 +68,7 @@ def test_damage_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("read_before", [True, False])
-def test_a_backbone_of_the_model_zoo_initialises_a_model(read_before, tmp_path):
+def test_a_backbone_of_the_model_zoo_initialises_a_model(read_before, tmp_path, caplog):
     model = tiny_model()
     weights = {"stem.conv1.weight": np.full(tuple(model.backbone.stem.conv1.weight.shape), 0.5, np.float32)}
     content = {"model": weights, "__author__": "torchvision", "matching_heuristics": True}
@@ -76,3 +76,20 @@ def test_a_backbone_of_the_model_zoo_initialises_a_model(read_before, tmp_path):
     checkpointer = CheckedCheckpointer(model, complete=False)
     checkpointer.load(Checkpoint.read(path) if read_before else str(path))
     assert torch.all(model.backbone.stem.conv1.weight == 0.5)
+    others = len([name for name in model.backbone.state_dict() if "num_batches" not in name]) - 1
+    assert f"has {others} of the backbone's {others + 1} arrays in no usable shape or not at all" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "message"),
+    [
+        (None, np.nan, r"R-50\.pkl has values for backbone\.stem\.conv1\.weight that are not finite"),
+        ((3, 3), 0.5, r"R-50\.pkl has none of this model's backbone"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_or_is_broken_is_refused(shape, value, message, tmp_path):
+    model = tiny_model()
+    weights = {"stem.conv1.weight": np.full(shape or tuple(model.backbone.stem.conv1.weight.shape), value, np.float32)}
+    path = write(tmp_path / "R-50.pkl", {"model": weights, "__author__": "torchvision", "matching_heuristics": True})
+    with pytest.raises(UserError, match=message):
+        CheckedCheckpointer(model, complete=False).load(str(path))

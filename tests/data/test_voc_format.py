@@ -118,6 +118,14 @@ def test_what_is_refused(folder, file, text, kind, example):
         register_datasets(cfg)
 
 
+def test_a_link_that_leads_nowhere_is_named(folder):
+    (folder / "Annotations" / "d.xml").symlink_to(folder / "nowhere.xml")
+    assert not read_voc(folder, "train").report.errors  # it is of no image there
+    (folder / "ImageSets" / "Main" / "train.txt").write_text("a\nd\n")
+    report = read_voc(folder, "train").report
+    assert "d.xml" in str(report.examples) and report.errors
+
+
 def test_places_that_are_missing(folder):
     with pytest.raises(UserError, match=r"no split 'trian'.*It has \['train', 'val'\]"):
         read_voc(folder, "trian")

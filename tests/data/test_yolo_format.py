@@ -1,5 +1,7 @@
 """samdetr.data.yolo_format: what is read, repaired and refused."""
 
+import os
+
 import numpy as np
 import pytest
 import yaml
@@ -45,6 +47,19 @@ def test_folders_behind_links_are_read_and_a_loop_of_them_once(dataset, tmp_path
     (tmp_path / "images" / "train" / "below").symlink_to(tmp_path / "store")
     (tmp_path / "images" / "train" / "loop").symlink_to(tmp_path / "images" / "train")
     assert read_yolo(dataset, "train").file_names == [f"images/train/{name}.png" for name in ("a", "below/b", "c")]
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(dataset, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def refused(path):
+        if os.path.basename(path) == "below":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"below cannot be read \(Permission denied\)"):
+        read_yolo(dataset, "train")
 
 
 def test_a_path_to_above_a_link_is_above_what_it_points_to(dataset, tmp_path):
@@ -116,6 +131,7 @@ def test_lines_that_are_refused(dataset, line, kind):
     [
         ({"names": []}, r'"names" is \[\]'),
         ({"names": {"cat": 0}}, '"names" is'),
+        ({"names": [True, False], "nc": 2}, 'reads a name in "names" as True: write the names in quotes'),
         ({"nc": 3}, '"nc" is 3, but there are 2 "names"'),
         ({"train": "nowhere"}, "'train' is 'nowhere', but .*nowhere is neither"),
         ({"train": "images/train/a.png"}, r"'train' is 'images/train/a\.png', which cannot be read as a list"),

@@ -255,6 +255,8 @@ def test_image_ids_of_numpy_are_numbers(made, tmp_path):
             {"thing_classes": ["a", "b"], "thing_dataset_id_to_contiguous_id": {1: 0, 2: 0}},
             "thing_dataset_id_to_contiguous_id must name each of its 2 classes' indices once",
         ),
+        ({"thing_classes": ["a"], "thing_dataset_id_to_contiguous_id": {"cat": 0}}, "the key 'cat' of the type str"),
+        ({"thing_classes": ["a"], "thing_dataset_id_to_contiguous_id": {np.int64(3): 0}}, "of the type int64: use"),
     ],
 )
 def test_mistakes_in_datasets_that_a_function_makes(arguments, message, made):
@@ -331,3 +333,11 @@ def test_image_by_image_it_agrees_with_the_run(run_folder):
     assert len(evaluation.records) == len(evaluation.detections) == len(evaluation.quality) == 20
     assert evaluation.precision.shape == (10, 101)
     assert 100 * evaluation.precision.mean() == pytest.approx(written["AP"], abs=1e-6)
+
+
+def test_results_on_other_datasets_are_not_overwritten(tmp_path):
+    for name, ap in (("first", 1.0), ("second", 2.0), ("second", 3.0)):
+        cfg = tiny_config("DATASETS.TEST", (name,), "OUTPUT_DIR", str(tmp_path))
+        write_results(cfg, {"bbox": {"AP": ap}}, "evaluation_model.json", "model.pth")
+    found = {path.name: json.loads(path.read_text())["results"]["bbox"]["AP"] for path in tmp_path.iterdir()}
+    assert found == {"evaluation_model_first.json": 1.0, "evaluation_model.json": 3.0}

@@ -65,7 +65,7 @@ def test_a_stopped_run_says_where_to_go_on_and_ends_as_one_that_was_not(tmp_path
     assert len(iterations) == len(set(iterations)) and iterations == sorted(iterations)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_final_evaluation_can_be_interrupted_too(tmp_path):
     """With workers, which leave the signal to the run, and must not keep it from ending."""
     options = [*OPTIONS, "DATASETS.TEST", "('digits_val_20',)", "SOLVER.MAX_ITER", 2]

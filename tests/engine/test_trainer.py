@@ -210,6 +210,30 @@ def test_the_end_without_augmentation_is_scaled_with_the_other_lengths(tmp_path)
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.INPUT.AUGMENTATION_OFF_ITERS) == (12, (8,), 4)
 
 
+def test_periods_do_not_become_zero_with_many_processes(tmp_path):
+    cfg = trainer_config(tmp_path, "SOLVER.REFERENCE_WORLD_SIZE", 1, "TEST.EVAL_PERIOD", 3)
+    scaled = Trainer.auto_scale_workers(cfg, 16)
+    assert (scaled.SOLVER.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD) == (1, 1)
+    cfg.TEST.EVAL_PERIOD = 0
+    assert Trainer.auto_scale_workers(cfg, 16).TEST.EVAL_PERIOD == 0
+
+
+def test_an_average_that_begins_with_a_resumed_run_begins_with_its_weights(tmp_path):
+    """Also where the run is complete, and only evaluated again."""
+    finished = train(trainer_config(tmp_path))
+    resumed = start(trainer_config(tmp_path, *EMA), resume=True)
+    assert_equal_states(resumed.evaluated_model.state_dict(), finished.inner_model.state_dict())
+
+
+@pytest.mark.parametrize("changes", [("MODEL.BACKBONE.FREEZE_AT", 2), ("SOLVER.BIAS_LR_FACTOR", 2.0)])
+def test_what_groups_parameters_in_another_way_cannot_change_in_a_run(changes, tmp_path):
+    train(trainer_config(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)))
+    with pytest.raises(
+        UserError, match=r"set MODEL\.BACKBONE\.FREEZE_AT, .*BIAS_LR_FACTOR.* as config\.yaml in OUTPUT_DIR has"
+    ):
+        start(trainer_config(tmp_path, *changes), resume=True)
+
+
 def test_a_cosine_goes_over_the_epochs_after_a_warm_up(tmp_path):
     cfg = trainer_config(
         *(tmp_path, "SOLVER.EPOCHS", 20, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),

@@ -255,7 +255,7 @@ groups:
         assert found["curve"][-1][1] == pytest.approx(6 * seconds, abs=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path):
     text = f"""
 goals: []

@@ -247,6 +247,12 @@ def test_thin_images(tool, run_folder, tmp_path):
     assert json.loads((tmp_path / "out" / "predictions.json").read_text())
 
 
+def test_inputs_below_the_output_folder_are_inputs(tool, run_folder, pictures, monkeypatch):
+    monkeypatch.chdir(pictures.parent)
+    status, printed = tool("predict", "--weights", run_folder / "model_final.pth", "--input", pictures, "--output", ".")
+    assert status is None and f"{len(list(pictures.iterdir()))} files" in printed
+
+
 @pytest.mark.slow
 def test_predictions_of_a_dataset_can_be_evaluated(tool, run_folder, tmp_path):
     """Files named by numbers keep them, so that pycocotools matches predictions and ground truth."""

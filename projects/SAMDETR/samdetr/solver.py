@@ -151,11 +151,18 @@ def _keep_fused(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
     """Keep this optimizer's own setting of ``fused`` when it loads a checkpoint.
 
     Raises:
+        UserError: the parameters are grouped in another way.
         ValueError: something is missing without which the next step would fail.
     """
     own = optimizer.param_groups
-    if len(own) != len(state_dict["param_groups"]):
-        raise ValueError(f"the optimizer has {len(state_dict['param_groups'])} parameter groups instead of {len(own)}")
+    sizes = [[len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], own)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"The optimizer of the checkpoint has groups of {sizes[0]} parameters, and that of this config {sizes[1]}. What "
+            "decides about them cannot be changed in a run: set MODEL.BACKBONE.FREEZE_AT, SOLVER.BACKBONE_MULTIPLIER, "
+            "BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and WEIGHT_DECAY_NORM as config.yaml in OUTPUT_DIR has them, or start another "
+            "run from the weights of the checkpoint."
+        )
     for kind, entries, needed in (
         ("parameter group", state_dict["param_groups"], {"lr", "betas", "eps", "weight_decay"}),
         ("state", state_dict["state"].values(), {"step", "exp_avg", "exp_avg_sq"}),

@@ -18,6 +18,7 @@ import contextlib
 import os
 import pickle
 import re
+import socket
 import zipfile
 from typing import Any
 
@@ -258,7 +259,7 @@ def describe_run(cfg: CfgNode) -> dict[str, Any]:
 def write_atomically(path: str | os.PathLike):
     """Open a file for writing that appears under its name only when all of it is on the disk."""
     path = os.fspath(path)
-    temporary = f"{path}.part"
+    temporary = f"{path}.{socket.gethostname()}-{os.getpid()}.part"  # others may write the same file at the same time
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -20,7 +20,7 @@ import torch
 from detectron2.structures import Instances, pairwise_iou
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..predictor import Predictor, list_images, load
 from ..visualization import RecordedLayer, draw_attention, draw_head, draw_pairs, record_attention
 from .common import (
@@ -94,13 +94,17 @@ def draw_file(file: Path, name: Path, folder: Path, arguments: argparse.Namespac
     other = look_at(predictors[1], image) if len(predictors) > 1 else None
     queries = choose(looked[0], arguments)
     if not queries:
-        print(f"{file}: no detection with a score of {arguments.score_threshold} or more; lower --score-threshold.")
+        print(
+            one_line(
+                f"{file}: no detection with a score of {arguments.score_threshold} or more; lower --score-threshold."
+            )
+        )
     (folder / name.parent).mkdir(parents=True, exist_ok=True)
     for query, detection in queries:
         sheet, title = draw_query(query, detection, looked, other, image, arguments, predictors)
         path = folder / name.with_name(f"{name.stem}-query{query}.png")
         Image.fromarray(sheet).save(path)
-        print(f"{path}: {title}")
+        print(one_line(f"{path}: {title}"))
         if arguments.separate:
             for i, layer in enumerate(looked[1]):
                 for head in range(layer.query.keypoints.shape[2]):

@@ -222,10 +222,11 @@ def files_and_names(arguments: argparse.Namespace, folder: Path) -> tuple[list[P
     """Return the input files, and the names of their drawings, none of which is an input."""
     files = list_images(arguments.input, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
     named = {Path(path).resolve() for path in arguments.input}
-    if folder.resolve() not in named:  # earlier drawings below an input folder are not inputs
-        files = [
-            file for file in files if file.resolve() in named or not file.resolve().is_relative_to(folder.resolve())
-        ]
+    output = folder.resolve()
+    if output not in named and any(output.is_relative_to(path) for path in named):  # earlier drawings are not inputs
+        files = [file for file in files if file.resolve() in named or not file.resolve().is_relative_to(output)]
+        if not files:
+            raise UserError(f"there is nothing but earlier drawings in {folder}: name other inputs.", argument="input")
     names = drawing_names(files, arguments.input, drawing_suffix)
     inputs = {file.resolve() for file in files}
     for name in names.values():

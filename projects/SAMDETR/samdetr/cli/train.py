@@ -76,11 +76,12 @@ def read_config(args):
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but each process needs a device of its own: set it to 'cuda', and choose "
             "devices by CUDA_VISIBLE_DEVICES."
         )
-    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % processes:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a multiple of the number of processes ({processes})."
-        )
-    images = cfg.SOLVER.IMS_PER_BATCH // processes
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:  # the batch grows with the number of processes
+        batch = round(batch * processes / cfg.SOLVER.REFERENCE_WORLD_SIZE)
+    if not args.eval_only and batch % processes:
+        raise UserError(f"SOLVER.IMS_PER_BATCH ({batch}) must be a multiple of the number of processes ({processes}).")
+    images = batch // processes
     if not args.eval_only and images < cfg.SOLVER.ACCUMULATION_STEPS:
         raise UserError(
             f"SOLVER.ACCUMULATION_STEPS is {cfg.SOLVER.ACCUMULATION_STEPS}, more than the {images} images that each process "

@@ -160,6 +160,12 @@ def check_records(dataset_dicts: list[dict], name: str, *, training: bool) -> No
     first_with: dict[object, str] = {}
     metadata = MetadataCatalog.get(name)
     names, ids = metadata.get("thing_classes"), metadata.get("thing_dataset_id_to_contiguous_id")
+    odd = [key for key in ids or () if type(key) is not int]
+    if odd:
+        refuse(
+            f"its metadata's thing_dataset_id_to_contiguous_id has the key {odd[0]!r} of the type {type(odd[0]).__name__}: use "
+            "Python's int"
+        )
     if not training and names is not None and ids and sorted(ids.values()) != list(range(len(names))):
         refuse(
             f"its metadata's thing_dataset_id_to_contiguous_id must name each of its {len(names)} classes' indices once"

@@ -48,9 +48,17 @@ _UPRIGHT = {
 
 
 def files_below(folder: str | os.PathLike) -> list[Path]:
-    """Return all files below a folder, also in folders that links lead to; a folder that is reached twice, once."""
+    """Return all files below a folder, also in folders that links lead to; a folder that is reached twice, once.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable, or move it elsewhere.")
+
     found, seen = [], set()
-    for path, folders, names in os.walk(folder, followlinks=True):
+    for path, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         status = os.stat(path)
         place = status.st_dev, status.st_ino
         if place in seen:

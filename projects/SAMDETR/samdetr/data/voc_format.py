@@ -49,7 +49,9 @@ def read_voc(folder: str | os.PathLike, split: str) -> CocoAnnotations:
         splits = sorted(path.stem for path in listed.parent.glob("*.txt"))
         raise UserError(f"{folder} has no split {split!r}: {listed} does not exist. It has {splits or 'none'}.")
     files = sorted(
-        (entry.name, entry.stat()) for entry in os.scandir(folder / "Annotations") if entry.name.endswith(".xml")
+        (entry.name, entry.stat())
+        for entry in os.scandir(folder / "Annotations")
+        if entry.name.endswith(".xml") and entry.is_file()
     )
     versions = tuple((name, status.st_mtime_ns, status.st_size) for name, status in files)
     return call_cached(_read_split, folder, split, (listed.stat().st_mtime_ns, versions))

@@ -83,6 +83,9 @@ def _class_names(file: str | os.PathLike, description: dict) -> dict[int, str]:
         raise UserError(
             f'{file}: "names" is {description["names"]!r}: give the classes\' names, as a list or by index.'
         )
+    switches = [name for name in names.values() if isinstance(name, bool)]
+    if switches:
+        raise UserError(f'{file}: YAML reads a name in "names" as {switches[0]}: write the names in quotes.')
     if number is not None and number != len(names):
         raise UserError(f'{file}: "nc" is {number!r}, but there are {len(names)} "names": correct one of them.')
     return {key: str(name) for key, name in names.items()}

@@ -5,9 +5,10 @@ import io
 import json
 import logging
 import math
-import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -201,11 +202,18 @@ def ground_truth_of_records(
 def write_results(cfg, results: dict, name: str, weights: str) -> None:
     """Write results, with the weights and datasets that they belong to, to a file in OUTPUT_DIR, on the main process.
 
-    JSON has no NaN: an AP without boxes that it could be of is ``null``.
+    JSON has no NaN: an AP without boxes that it could be of is ``null``. A file of this name with the results of other datasets
+    gets their names added to its own.
     """
     if comm.is_main_process():
+        path = Path(cfg.OUTPUT_DIR, name)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is no such file
+            datasets = json.loads(path.read_text())["datasets"]
+            if datasets != list(cfg.DATASETS.TEST):
+                stem = re.sub(r"[^\w.-]", "_", "_".join([path.stem, *datasets]))
+                path.replace(path.with_name(stem + path.suffix))
         content = {"weights": weights, "datasets": list(cfg.DATASETS.TEST), "results": _without_nan(results)}
-        with write_atomically(os.path.join(cfg.OUTPUT_DIR, name)) as f:
+        with write_atomically(path) as f:
             f.write(json.dumps(content, indent=1, allow_nan=False).encode())
 
 

@@ -79,7 +79,7 @@ class KeepBest(HookBase):
         earlier = {
             iteration: line[self.metric]
             for iteration, line in sorted(self.trainer.earlier_metrics.items())
-            if math.isfinite(line.get(self.metric, math.nan))
+            if isinstance(line.get(self.metric), float | int) and math.isfinite(line[self.metric])
         }
         for value in earlier.values():
             self._count(value)

@@ -122,12 +122,17 @@ class Trainer(DefaultTrainer):
 
     @staticmethod
     def auto_scale_workers(cfg, num_workers: int):
-        """Scale batch, rate and lengths as detectron2 does, and ``INPUT.AUGMENTATION_OFF_ITERS`` with the other lengths."""
+        """Scale batch, rate and lengths as detectron2 does, and ``INPUT.AUGMENTATION_OFF_ITERS`` with the other lengths.
+
+        Periods do not become 0, which would end checkpoints and evaluations.
+        """
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
             scaled.defrost()
             share = cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers
             scaled.INPUT.AUGMENTATION_OFF_ITERS = round(cfg.INPUT.AUGMENTATION_OFF_ITERS * share)
+            scaled.SOLVER.CHECKPOINT_PERIOD = max(1, scaled.SOLVER.CHECKPOINT_PERIOD)
+            scaled.TEST.EVAL_PERIOD = max(scaled.TEST.EVAL_PERIOD, min(1, cfg.TEST.EVAL_PERIOD))
             if cfg.is_frozen():
                 scaled.freeze()
         return scaled
@@ -326,6 +331,8 @@ class Trainer(DefaultTrainer):
             self.start_iter = self.iter + 1  # the checkpoint holds the last finished iteration
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+        if self.average is not None and self.average.n_averaged == 0:  # the checkpoint has none
+            self.average.module.load_state_dict(self.inner_model.state_dict())
         self.data_loader.start = self.start_iter
         if comm.is_main_process():
             if checkpoint is None:
