@@ -250,7 +250,7 @@ def test_thin_images(tool, run_folder, tmp_path):
 def test_inputs_below_the_output_folder_are_inputs(tool, run_folder, pictures, monkeypatch):
     monkeypatch.chdir(pictures.parent)
     status, printed = tool("predict", "--weights", run_folder / "model_final.pth", "--input", pictures, "--output", ".")
-    assert status is None and f"{len(list(pictures.iterdir()))} files" in printed
+    assert not status and f"{len(list(pictures.iterdir()))} files" in printed
 
 
 @pytest.mark.slow
