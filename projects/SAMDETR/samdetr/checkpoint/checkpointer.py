@@ -13,7 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 from ..errors import UserError, one_line
 from .checkpoint import Checkpoint, write_atomically
-from .validation import check_fit, class_parameters
+from .validation import check_backbone, check_fit, class_parameters
 
 __all__ = ["CheckedCheckpointer"]
 
@@ -174,7 +174,7 @@ class CheckedCheckpointer(DetectionCheckpointer):
         pretrained = checkpoint.get("matching_heuristics", False)
         incompatible = super()._load_model(checkpoint)
         if pretrained:
-            self._check_backbone(set(incompatible.missing_keys))
+            check_backbone(self._path, self.model, incompatible.missing_keys)
         reset = class_parameters(name for name, *_ in incompatible.incorrect_shapes)
         if reset:
             logger.warning(
@@ -189,36 +189,6 @@ class CheckedCheckpointer(DetectionCheckpointer):
                 one_line(", ".join(theirs[:5]) + (", ..." if len(theirs) > 5 else "")),
             )
         return incompatible
-
-    def _check_backbone(self, missing: set[str]) -> None:
-        """Refuse a pretrained backbone of which nothing fits, or that holds other than numbers; say what does not fit.
-
-        Args:
-            missing: the model's weights that the file does not have.
-        """
-        added = (".fpn_", ".top_block.")  # by an FPN, which no classifier has
-        own = {
-            name: value
-            for name, value in self.model.state_dict().items()
-            if name.startswith("backbone.") and value.is_floating_point() and not any(part in name for part in added)
-        }
-        lacking = sorted(missing & own.keys())
-        if own and len(lacking) == len(own):
-            raise UserError(
-                f"MODEL.WEIGHTS {self._path} has none of this model's backbone: name weights of the network that "
-                "MODEL.BACKBONE and MODEL.RESNETS describe, or MODEL.WEIGHTS '' to start from random ones."
-            )
-        if lacking:
-            logger.warning(
-                "%s has %d of the backbone's %d arrays in no usable shape or not at all, such as %s: they start from scratch.",
-                *(self._path, len(lacking), len(own), lacking[0]),
-            )
-        broken = [name for name, value in own.items() if not bool(value.isfinite().all())]
-        if broken:
-            raise UserError(
-                f"MODEL.WEIGHTS {self._path} has values for {broken[0]} that are not finite: copy it again, or name another "
-                "file."
-            )
 
 
 def _iteration_of(path: str) -> float:

@@ -1,14 +1,17 @@
-"""Check whether weights fit a model, before they are loaded into it."""
+"""Check whether weights fit a model: before they are loaded, and of a pretrained backbone afterwards."""
 
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import torch
 
 from ..errors import UserError
 
-__all__ = ["check_fit", "class_parameters"]
+__all__ = ["check_backbone", "check_fit", "class_parameters"]
+
+logger = logging.getLogger(__name__)
 
 # Parameters whose first dimension follows from the number of classes; the last two lines are those of detectron2's detectors.
 _CLASS_PARAMETERS = re.compile(
@@ -79,6 +82,41 @@ def check_fit(path: str, model: torch.nn.Module, weights: dict, *, complete: boo
         raise UserError(
             f"{path} has no parameter that fits this model: its first is {next(iter(shapes), None)!r}, the "
             f"model's {next(iter(own))!r}."
+        )
+
+
+def check_backbone(path: str, model: torch.nn.Module, missing: Collection[str]) -> None:
+    """Check what a model has got from a file of detectron2's model zoo, and log what of its backbone was not there.
+
+    Args:
+        path: of the file, for the message.
+        model: the model, into which the file was loaded by detectron2's matching of names.
+        missing: names of the model's parameters and buffers that the file does not have, or in other shapes.
+
+    Raises:
+        UserError: nothing of the backbone was there, or values that are not finite.
+    """
+    added = (".fpn_", ".top_block.")  # by an FPN, which no classifier has
+    own = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.startswith("backbone.") and value.is_floating_point() and not any(part in name for part in added)
+    }
+    lacking = sorted(own.keys() & missing)
+    if own and len(lacking) == len(own):
+        raise UserError(
+            f"MODEL.WEIGHTS {path} has none of this model's backbone: name weights of the network that MODEL.BACKBONE and "
+            "MODEL.RESNETS describe, or MODEL.WEIGHTS '' to start from random ones."
+        )
+    if lacking:
+        logger.warning(
+            "%s has %d of the backbone's %d arrays in no usable shape or not at all, such as %s: they start from scratch.",
+            *(path, len(lacking), len(own), lacking[0]),
+        )
+    damaged = next((name for name in own if not _is_finite(own, name)), None)
+    if damaged is not None:
+        raise UserError(
+            f"MODEL.WEIGHTS {path} has values for {damaged} that are not finite: copy it again, or name another file."
         )
 
 
